@@ -1,0 +1,432 @@
+"""
+Pictures and captions: the toy world, folders of images, and the paper's augmentations.
+
+The toy world is an endless set of small rendered scenes, "a red cube to the left of a blue
+sphere", with the light, soft gradients and sensor noise of a photograph. It needs no download,
+and everything in it is known, so that a model trained on it can be judged exactly. A twelfth or
+so of the colour-shape pairs never appears in training: they test what the paper calls
+combining unusual concepts (3.3).
+
+An image is a PIL image until an augmentation turns it into uint8 [size, size, 3]; a batch of
+those becomes float [B, 3, H, W] in [0, 1] in the trainer. Every function that draws at random
+takes the generator it draws from.
+
+    python data.py               # writes toy.png, a sheet of toy pictures with their captions
+"""
+
+import argparse
+import random
+import sys
+import textwrap
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+# ----------------------------------------------------------------------------- the toy world
+
+COLORS = {
+    "red": (214, 38, 38),
+    "orange": (240, 128, 20),
+    "yellow": (240, 214, 40),
+    "green": (40, 152, 58),
+    "cyan": (52, 198, 208),
+    "blue": (40, 72, 210),
+    "purple": (120, 42, 168),
+    "pink": (246, 134, 186),
+}
+SHAPES = ("cube", "sphere", "cylinder", "cone", "pyramid")
+SIZES = {"small": 0.2, "large": 0.28}  # radius as a share of the image's side
+SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
+BACKGROUNDS = {
+    "white": (226, 224, 220),
+    "grey": (142, 146, 150),
+    "black": (44, 44, 48),
+    "brown": (166, 134, 104),
+}
+# where a single object stands, as shares of the image's side
+PLACES = {
+    "in the middle": (0.5, 0.5),
+    "on the left": (0.3, 0.5),
+    "on the right": (0.7, 0.5),
+    "at the top": (0.5, 0.32),
+    "at the bottom": (0.5, 0.68),
+}
+RELATIONS = {  # where the first and the second of two objects stand
+    "to the left of": ((0.26, 0.5), (0.74, 0.5)),
+    "to the right of": ((0.74, 0.5), (0.26, 0.5)),
+    "above": ((0.5, 0.26), (0.5, 0.74)),
+    "below": ((0.5, 0.74), (0.5, 0.26)),
+}
+# One pair for each shape, no colour twice: no training picture or caption holds any of these.
+UNSEEN_PAIRS = {
+    ("green", "cube"),
+    ("orange", "sphere"),
+    ("blue", "cylinder"),
+    ("pink", "cone"),
+    ("yellow", "pyramid"),
+}
+PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
+SPLITS = ("train", "val", "unseen")
+SENSOR_NOISE = 0.03  # standard deviation, in units of the full range
+
+
+@dataclass
+class Thing:
+    color: str
+    shape: str
+    size: str
+    x: float  # centre and radius, as shares of the image's side
+    y: float
+    radius: float
+
+
+@dataclass
+class Scene:
+    things: list[Thing]
+    background: str
+    light: float  # exposure of the whole picture, about 1
+    caption: str
+
+
+def toy_scene(index: int, split: str) -> Scene:
+    """What toy picture `index` of a split shows, and its caption.
+
+    'train' and 'val' are different draws from the same distribution, over the seen pairs of
+    colour and shape; in 'unseen' the first thing of every scene is an unseen pair.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
+    rng = random.Random(index * len(SPLITS) + SPLITS.index(split))
+    relation = rng.choice(list(RELATIONS)) if rng.random() < 0.35 else None
+    place = rng.choice(list(PLACES))
+    spots = RELATIONS[relation] if relation else [PLACES[place]]
+    things = []
+    for k, (x, y) in enumerate(spots):
+        pairs = SEEN_PAIRS
+        if split == "unseen":
+            pairs = sorted(UNSEEN_PAIRS) if k == 0 else PAIRS
+        color, shape = rng.choice(pairs)
+        size = rng.choice(list(SIZES))
+        radius = SIZES[size] * rng.uniform(0.95, 1.05) * (0.85 if relation else 1)
+        things.append(
+            Thing(
+                color, shape, size, x + rng.gauss(0, 0.015), y + rng.gauss(0, 0.015), radius
+            )
+        )
+    background = rng.choice(list(BACKGROUNDS))
+    light = rng.uniform(0.92, 1.08)
+
+    # The grammar. Colour and shape are always named, the rest now and then.
+    def noun(thing: Thing) -> str:
+        size = rng.choice(SYNONYMS[thing.size]) + " " if rng.random() < 0.4 else ""
+        return f"{size}{thing.color} {thing.shape}"
+
+    def phrase(thing: Thing) -> str:
+        words = noun(thing)
+        return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+    opening = rng.choice(["", "", "", "a picture of ", "there is ", "we see "])
+    if relation:
+        caption = f"{opening}{phrase(things[0])} {relation} {phrase(things[1])}"
+    elif not opening and rng.random() < 0.15:
+        caption = f"one {noun(things[0])}"
+    else:
+        caption = f"{opening}{phrase(things[0])}"
+    if not relation and rng.random() < 0.5:
+        caption += f" {place}"
+    if rng.random() < 0.3:
+        caption += f" on a {background} background"
+    return Scene(things, background, light, caption)
+
+
+def shade(color, k: float) -> tuple[int, int, int]:
+    """A colour in the light `k`: below 1 darker, above 1 mixed with white."""
+    if k <= 1:
+        return tuple(int(c * k) for c in color)
+    return tuple(int(c + (255 - c) * (k - 1)) for c in color)
+
+
+def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
+    """Draw one solid, lit from the upper left, on a canvas of `side` pixels."""
+    color, r = COLORS[thing.color], thing.radius * side
+    cx, cy = thing.x * side, thing.y * side
+
+    def at(*points):
+        return [(cx + r * x, cy + r * y) for x, y in points]
+
+    def disc(x, y, rx, ry, k):
+        box = (cx + r * (x - rx), cy + r * (y - ry), cx + r * (x + rx), cy + r * (y + ry))
+        draw.ellipse(box, fill=shade(color, k))
+
+    # side light on a round body, from its left edge to its right edge
+    strips = [(i / 5 - 1, 1.22 - 0.82 * abs((i + 0.5) / 10 - 0.28) ** 0.9) for i in range(10)]
+    if thing.shape == "sphere":
+        for i in range(8):
+            t = i / 7
+            disc(-0.36 * t, -0.36 * t, 1 - 0.86 * t, 1 - 0.86 * t, 0.5 + 0.95 * t**0.8)
+    elif thing.shape == "cube":
+        draw.polygon(at((0, -1), (0.9, -0.55), (0, -0.1), (-0.9, -0.55)), shade(color, 1.4))
+        draw.polygon(at((-0.9, -0.55), (0, -0.1), (0, 1), (-0.9, 0.55)), shade(color, 0.95))
+        draw.polygon(at((0.9, -0.55), (0, -0.1), (0, 1), (0.9, 0.55)), shade(color, 0.52))
+    elif thing.shape == "cylinder":
+        for x, k in strips:
+            bottom = 0.72 + 0.24 * (1 - (x + 0.1) ** 2) ** 0.5
+            x0, x1 = 0.72 * x, 0.72 * (x + 0.2)
+            draw.polygon(at((x0, -0.7), (x1, -0.7), (x1, bottom), (x0, bottom)), shade(color, k))
+        disc(0, -0.7, 0.72, 0.26, 1.45)
+    elif thing.shape == "cone":
+        for x, k in strips:
+            bottom = 0.62 + 0.3 * (1 - (x + 0.1) ** 2) ** 0.5
+            x0, x1 = 0.88 * x, 0.88 * (x + 0.2)
+            draw.polygon(at((0, -1.05), (x1, bottom), (x0, bottom)), shade(color, k))
+    elif thing.shape == "pyramid":
+        draw.polygon(at((0, -1.05), (-1, 0.5), (-0.15, 0.92)), shade(color, 1.3))
+        draw.polygon(at((0, -1.05), (-0.15, 0.92), (1, 0.5)), shade(color, 0.55))
+
+
+def render(scene: Scene, image_size: int, noise_seed: int | None = None) -> np.ndarray:
+    """Draw a scene at four times the size and reduce it: uint8 [H, W, 3].
+
+    The backdrop darkens towards the bottom and the right, things cast a shadow, and with a
+    `noise_seed` Gaussian sensor noise is added.
+    """
+    side = 4 * image_size
+    backdrop = BACKGROUNDS[scene.background]
+    corners = [shade(backdrop, k) for k in (1.08, 1.0, 0.88, 0.8)]
+    gradient = Image.new("RGB", (2, 2))
+    gradient.putdata(corners)
+    # the middle half of the bilinear enlargement, where the gradient runs
+    canvas = gradient.resize((side, side), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+    draw = ImageDraw.Draw(canvas)
+    for thing in scene.things:
+        r = thing.radius * side
+        for grow, k in ((1.12, 0.74), (0.98, 0.6)):
+            x, y = thing.x * side + 0.12 * r, thing.y * side + 0.78 * r
+            box = (x - grow * r, y - 0.3 * grow * r, x + grow * r, y + 0.3 * grow * r)
+            draw.ellipse(box, fill=shade(backdrop, k))
+    for thing in scene.things:
+        draw_thing(draw, thing, side)
+    pixels = np.asarray(canvas.reduce(4), np.float32) * np.float32(scene.light)
+    if noise_seed is not None:
+        generator = np.random.default_rng(noise_seed)
+        noise = generator.standard_normal(pixels.shape, np.float32)
+        pixels = pixels + noise * np.float32(255 * SENSOR_NOISE)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def toy_world(
+    index: int, image_size: int, split: str, noise: bool = True
+) -> tuple[np.ndarray, str]:
+    """Toy picture `index` of a split: (uint8 [H, W, 3], caption). Deterministic and endless.
+
+    With `noise=False` it is the same picture without the sensor noise.
+    """
+    scene = toy_scene(index, split)
+    seed = index * len(SPLITS) + SPLITS.index(split)
+    return render(scene, image_size, seed if noise else None), scene.caption
+
+
+class ToyWorld:
+    """The toy world as a data set: item i is (PIL image, [caption])."""
+
+    name = "toy"
+    shuffle = False  # its indices are random already
+
+    def __init__(self, image_size: int, split: str):
+        self.image_size, self.split = image_size, split
+
+    def __len__(self) -> int:
+        return 2**31  # endless for every practical purpose
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        pixels, caption = toy_world(index, self.image_size, self.split)
+        return Image.fromarray(pixels), [caption]
+
+
+# ----------------------------------------------------------------------------- folders
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+HELD_OUT = 0.05  # the share of a folder kept for validation where no other data is named
+
+
+class Folder:
+    """A folder of images, at any depth, with same-named .txt files, a line each caption.
+
+    Item i is (PIL image, captions). With `captions` every image needs its .txt; those without
+    one are left out. Raises ValueError where nothing usable is found.
+    """
+
+    def __init__(self, path: Path, captions: bool):
+        if not path.is_dir():
+            raise ValueError(f"data folder {path} does not exist: give a folder of images, or toy")
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            kinds = " ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"data folder {path} holds no images: expected files with {kinds}")
+        self.name, self.captions = str(path), captions
+        self.files = [p for p in files if not captions or p.with_suffix(".txt").is_file()]
+        if not self.files:
+            raise ValueError(
+                f"data folder {path} holds {len(files)} images and no captions: "
+                f"expected a text file beside each, like {files[0].with_suffix('.txt').name}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        path = self.files[index]
+        captions = []
+        if self.captions:
+            text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+            captions = [line.strip() for line in text.splitlines() if line.strip()]
+            if not captions:
+                raise ValueError(f"{path.with_suffix('.txt')} holds no caption")
+        try:
+            with Image.open(path) as img:
+                return ImageOps.exif_transpose(img).convert("RGB"), captions
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+
+def split_folder(folder: Folder) -> tuple[Folder, Folder]:
+    """(train, val): a fixed share is held out, chosen by a hash of each name, at least one."""
+    if len(folder) < 2:
+        raise ValueError(f"{folder.name} holds 1 usable image: at least 2 are needed")
+    ranked = sorted(folder.files, key=lambda p: zlib.crc32(p.name.encode(errors="replace")))
+    n_val = max(1, round(HELD_OUT * len(ranked)))
+    halves = []
+    for files in (ranked[n_val:], ranked[:n_val]):
+        half = Folder.__new__(Folder)
+        half.name, half.captions, half.files = folder.name, folder.captions, sorted(files)
+        halves.append(half)
+    return halves[0], halves[1]
+
+
+def open_dataset(
+    spec: str, image_size: int, val: str | None = None, captions: bool = True
+) -> tuple[ToyWorld | Folder, ToyWorld | Folder]:
+    """(train, val) data sets of a spec: `toy`, or the path of a folder of images.
+
+    Without `val`, a spec of its own, a fixed share of the data is held out. A data set has a
+    length, and items (PIL image, list of captions); an item that cannot be read raises
+    ValueError. Raises ValueError where the spec names nothing usable.
+    """
+    if spec == "toy":
+        train, held_out = ToyWorld(image_size, "train"), ToyWorld(image_size, "val")
+    elif val:
+        train, held_out = Folder(Path(spec), captions), None
+    else:
+        train, held_out = split_folder(Folder(Path(spec), captions))
+    if val == "toy":
+        held_out = ToyWorld(image_size, "val")
+    elif val:
+        held_out = Folder(Path(val), captions)
+    return train, held_out
+
+
+# ----------------------------------------------------------------------------- augmentation
+
+
+def enlarge(img: Image.Image, size: int) -> Image.Image:
+    """Our reading: an image whose short side is under the target, where the paper's listings
+    would fail, is first enlarged to it."""
+    s = min(img.size)
+    if s >= size:
+        return img
+    width, height = (max(size, round(side * size / s)) for side in img.size)
+    return img.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def crop_square(img: Image.Image, x: int, y: int, side: int) -> Image.Image:
+    return img.crop((x, y, x + side, y + side))
+
+
+def area_resize(img: Image.Image, t: int) -> Image.Image:
+    """To t × t by averaging over areas, rounded to 8 bits: Pillow's BOX filter."""
+    return img if img.size == (t, t) else img.resize((t, t), Image.Resampling.BOX)
+
+
+def preprocess_dvae(img: Image.Image, size: int, rng: random.Random) -> np.ndarray:
+    """Listing 1, for the dVAE: uint8 [size, size, 3]."""
+    img = enlarge(img, size)
+    s = min(img.size)
+    img = crop_square(img, rng.randint(0, img.width - s), rng.randint(0, img.height - s), s)
+    t = rng.randint(min(s, round(9 / 8 * size)), min(s, round(12 / 8 * size)))
+    img = area_resize(img, t)
+    img = crop_square(img, rng.randint(0, t - size), rng.randint(0, t - size), size)
+    if rng.random() < 0.5:
+        img = ImageOps.mirror(img)
+    return np.asarray(img)
+
+
+def preprocess_prior(img: Image.Image, size: int, rng: random.Random) -> np.ndarray:
+    """Listing 2, for the prior: uint8 [size, size, 3].
+
+    The square is cut from the middle quarter of the long side's slack, the scale varies less
+    than in Listing 1, and nothing is mirrored, since an image may contain text.
+    """
+    img = enlarge(img, size)
+    s = min(img.size)
+    slack = max(img.size) - s
+    first = 3 * slack // 8
+    offset = rng.randrange(first, max(first + 1, 5 * slack // 8))
+    x, y = (offset, 0) if img.width > img.height else (0, offset)
+    img = crop_square(img, x, y, s)
+    img = area_resize(img, rng.randint(size, min(s, round(9 / 8 * size))))
+    t = img.width
+    img = crop_square(img, rng.randint(0, t - size), rng.randint(0, t - size), size)
+    return np.asarray(img)
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def sheet(
+    rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, scale: int = 1
+) -> Image.Image:
+    """Rows of equal-sized uint8 [H, W, 3] images as one picture, each enlarged `scale` times,
+    each with its caption below it where there are captions."""
+    height, width = rows[0][0].shape[:2]
+    line = 11
+    cell_w, cell_h = width * scale + 4, height * scale + 4
+    text_h = 4 * line if captions else 0
+    picture = Image.new("RGB", (len(rows[0]) * cell_w, len(rows) * (cell_h + text_h)), "white")
+    draw = ImageDraw.Draw(picture)
+    for r, row in enumerate(rows):
+        for c, pixels in enumerate(row):
+            img = Image.fromarray(pixels).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
+            x, y = c * cell_w + 2, r * (cell_h + text_h) + 2
+            picture.paste(img, (x, y))
+            if captions:
+                wrapped = textwrap.wrap(captions[r][c], width * scale // 6)
+                draw.multiline_text((x, y + height * scale), "\n".join(wrapped[:4]), "black")
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a sheet of toy pictures.")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
+    parser.add_argument("-o", "--out", default="toy.png", help="default toy.png")
+    args = parser.parse_args()
+    scale = max(1, 128 // args.image_size)
+    items = [toy_world(i, args.image_size, args.split) for i in range(40)]
+    rows = [[pixels for pixels, _ in items[r : r + 8]] for r in range(0, 40, 8)]
+    captions = [[caption for _, caption in items[r : r + 8]] for r in range(0, 40, 8)]
+    try:
+        sheet(rows, captions, scale).save(args.out)
+    except (OSError, ValueError) as error:
+        print(f"data.py: cannot write {args.out}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: 40 pictures of the toy world, split {args.split}")
+
+
+if __name__ == "__main__":
+    main()

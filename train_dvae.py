@@ -1,0 +1,226 @@
+"""
+Stage one: train the dVAE on images (2.1, A.2).
+
+    python train_dvae.py --tiny                     # the toy world, minutes on a CPU
+    python train_dvae.py --tiny --data my_photos    # a folder of images
+
+Writes into --run-dir (default runs/<preset>): dvae.pt, the averaged weights; dvae_state.pt, all
+that --resume needs; log.jsonl; dvae.png, originals over reconstructions.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import training
+from data import open_dataset, preprocess_dvae, sheet
+from dvae import DVAE, DVAEConfig, load_dvae
+from training import cosine, images_to
+
+
+@dataclass
+class DVAETraining:
+    """How to train a dVAE; the defaults are the paper's (A.2)."""
+
+    image_size: int = 256
+    batch_size: int = 512
+    steps: int = 3_000_000
+    lr: float = 1e-4
+    lr_end: float = 1.25e-6
+    lr_steps: int = 1_200_000
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    ema: float = 0.999
+    kl_weight: float = 6.6
+    kl_steps: int = 5000
+    tau_start: float = 1.0
+    tau_end: float = 1 / 16
+    tau_steps: int = 150_000
+    log_every: int = 50
+    eval_every: int = 500
+
+
+PRESETS = {
+    "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
+                 image_size=32, batch_size=32, steps=9000, lr=2e-3, lr_end=1e-4, lr_steps=9000,
+                 warmup_steps=100, ema=0.995, kl_weight=2.0, kl_steps=900, tau_steps=6000),
+    "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
+                  image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
+                  lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000, tau_steps=20_000),
+    "base": dict(n_hid=128, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
+                 lr_steps=500_000, tau_steps=50_000),
+    "paper": dict(),
+}  # fmt: skip
+
+
+def prepare(img, captions, rng, size: int) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.array(preprocess_dvae(img, size, rng)))]
+
+
+@torch.no_grad()
+def evaluate(model: DVAE, images: torch.Tensor, micro_batch: int, tau: float) -> dict[str, float]:
+    """Of held-out uint8 [M, H, W, 3]: PSNR in dB through argmax tokens (mean over the images),
+    the share of the vocabulary in use, and the relaxed and the true bound (2.1)."""
+    device = next(model.parameters()).device
+    psnr, elb, relaxed = [], [], []
+    used = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+    for chunk in images.split(micro_batch):
+        x = images_to(device, chunk)
+        tokens = model.encode(x)
+        used[tokens.flatten()] = True
+        mse = (model.decode(tokens) - x).square().mean((1, 2, 3))
+        psnr.append(-10 * torch.log10(mse))
+        elb.append(model.elb(x) * len(x))
+        relaxed.append(model.elb(x, tau) * len(x))
+    return {
+        "val_psnr": torch.cat(psnr).mean().item(),
+        "codes": used.sum().item(),
+        "elb": sum(elb).item() / len(images),
+        "relaxed_elb": sum(relaxed).item() / len(images),
+    }
+
+
+@torch.no_grad()
+def draw_reconstructions(model: DVAE, images: torch.Tensor, path) -> None:
+    """Up to 16 originals, uint8 [M, H, W, 3], each over what its tokens decode to."""
+    images = images[:16]
+    x = images_to(next(model.parameters()).device, images)
+    decoded = model.decode(model.encode(x)).permute(0, 2, 3, 1).mul(255).round()
+    decoded = decoded.to("cpu", torch.uint8).numpy()
+    rows = []
+    for k in range(0, len(images), 8):
+        padding = [np.full_like(decoded[0], 255)] * (8 - len(images[k : k + 8]))
+        rows += [[*images[k : k + 8].numpy(), *padding], [*decoded[k : k + 8], *padding]]
+    sheet(rows, scale=max(1, 128 // images.shape[1])).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Stage one: train the dVAE.")
+    training.add_arguments(parser, PRESETS, DVAEConfig, DVAETraining)
+    args = parser.parse_args()
+    # ---- what to run
+    with training.door():
+        world = training.launch(args.device)
+        preset = args.preset or ("small" if world.device.type == "cuda" else "tiny")
+        config = training.choose(DVAEConfig, PRESETS[preset], args)
+        hp = training.choose(DVAETraining, PRESETS[preset], args)
+        if hp.image_size % config.factor:
+            raise ValueError(f"--image-size {hp.image_size} is not a multiple of {config.factor}")
+        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world)
+        spec = args.data or "toy"
+        train, val = open_dataset(spec, hp.image_size, args.val, captions=False)
+        prepare_image = partial(prepare, size=hp.image_size)
+        images = training.held_out(training.Samples(val, prepare_image, seed=0), 512)[0]
+        run_dir = args.run_dir or training.Path("runs") / preset
+        run_dir.mkdir(parents=True, exist_ok=True)
+        state = training.load_state(run_dir / "dvae_state.pt", args.resume, config, world)
+        if args.init_from:
+            model = load_dvae(args.init_from)
+            if model.config != config:
+                raise ValueError(f"{args.init_from} holds {model.config}, expected {config}")
+    if not args.init_from:
+        torch.manual_seed(args.seed)
+        model = DVAE(config)
+    model = model.to(world.device, memory_format=torch.channels_last).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
+    )
+    start = 0
+    if state:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if world.is_main and not state:
+        training.set_aside(run_dir, "dvae.pt", "dvae_state.pt", "prior.pt", "prior_state.pt")
+    log = training.Log(run_dir, "dvae", start, world)
+    batches = training.micro_batches(
+        training.Samples(train, prepare_image, args.seed),
+        world, start, hp.steps, hp.batch_size, micro_batch, args.workers,
+    )  # fmt: skip
+    accumulate = hp.batch_size // (micro_batch * world.size)
+    n_params = sum(p.numel() for p in model.parameters())
+    training.announce(
+        world,
+        f"dVAE {preset}: {n_params:,} parameters, {config.vocab_size} codes on a grid of "
+        f"{hp.image_size // config.factor} × {hp.image_size // config.factor}; data {train.name} "
+        f"at {hp.image_size} × {hp.image_size}; steps {start} to {hp.steps} of {hp.batch_size} "
+        f"images on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
+    )
+
+    about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": hp.image_size}
+
+    def save(step: int) -> None:
+        weights = {"model": average.module.state_dict(), "step": step}
+        training.save(run_dir / "dvae.pt", about | weights)
+        state = {
+            "config": asdict(config),
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
+        training.save(run_dir / "dvae_state.pt", state)
+
+    # ---- the loop
+    interrupt = training.Interrupt(world)
+    progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
+    for step in range(start, hp.steps):
+        lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
+        lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
+        kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
+        tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for k in range(accumulate):
+            (pixels,), skipped = next(batches)
+            progress.skip(skipped)
+            torch.manual_seed(training.derive(args.seed, "noise", step, world.rank, k))
+            with training.autocast(world, args.dtype):
+                loss, metrics = model.loss(images_to(world.device, pixels), tau, kl_weight)
+            (loss / accumulate).backward()
+            progress.add(metrics)
+        world.average_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+
+        # ---- log, look, save
+        done = step + 1
+        progress.step(done)
+        stop = interrupt.agreed()
+        if done % hp.log_every == 0 or done == hp.steps:
+            values = progress.take()
+            log.write(done, **values, lr=lr, kl_weight=kl_weight, tau=tau)
+        if done % hp.eval_every == 0 or done == hp.steps or stop:
+            if world.is_main:
+                scores = evaluate(average.module, images, micro_batch, tau)
+                log.write(done, **scores)
+                progress.show(**scores)
+                draw_reconstructions(average.module, images, run_dir / "dvae.png")
+                save(done)
+            progress.restart_clock()
+        if stop:
+            progress.close()
+            training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+    progress.close()
+    training.announce(
+        world,
+        f"{run_dir}/dvae.pt: {progress.shown['val_psnr']:.1f} dB on held-out images, "
+        f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; see {run_dir}/dvae.png\n"
+        f"next: python train_prior.py --run-dir {run_dir}",
+    )
+    training.leave(world)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""
+What the two trainers share: the command line, the launch under torchrun, the order of the data,
+schedules, checkpoints and the log.
+
+Every random draw belongs to a sample. The data order, crops, flips and BPE dropout derive from
+the seed and the sample's position in the run, the relaxation's noise from the seed, the step,
+the rank and the micro-batch. So no generator's state is ever saved, a resumed run repeats an
+uninterrupted one, and the data do not depend on the number of processes.
+
+What is not here: the loop itself, which each trainer spells out.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------- the door
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End with one line on standard error. Under torchrun rank 0 speaks for all."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def door():
+    """Bad input found inside ends the program with one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type) -> None:
+    """The options every script has, and one for each field of the config classes."""
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--preset", choices=presets, help="sizes and schedules")
+    preset.add_argument("--tiny", dest="preset", action="store_const", const="tiny")
+    parser.add_argument("--data", metavar="SPEC", help="toy (default) or a folder of images")
+    parser.add_argument("--val", metavar="SPEC", help="default: a fixed share is held out")
+    parser.add_argument("--run-dir", metavar="DIR", type=Path)
+    parser.add_argument("--micro-batch", type=int, help="samples per process and pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the best one there")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--workers", type=int, default=1, help="data loading processes")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
+    parser.add_argument("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
+    for config in configs:
+        group = parser.add_argument_group(f"fields of {config.__name__}, the paper's by default")
+        for field in fields(config):
+            names = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
+            group.add_argument(*sorted(names), type=field.type, metavar="N")
+
+
+def choose(config: type, preset: dict, args: argparse.Namespace):
+    """A config from the paper's defaults, overridden by a preset, overridden by options.
+
+    Where --steps alone is given, the schedules shrink or grow in proportion: fields named
+    `…_steps` keep their share of `steps`.
+    """
+    names = [field.name for field in fields(config)]
+    values = asdict(config()) | {k: v for k, v in preset.items() if k in names}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if "steps" in given and given["steps"] > 0:
+        for name in names:
+            if name.endswith("_steps"):
+                values[name] = round(values[name] * given["steps"] / values["steps"])
+    for name, value in given.items():
+        if name.endswith(("steps", "size", "vocab")) and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    return config(**values | given)
+
+
+def newest_run(*names: str) -> Path | None:
+    """The run directory under runs/ that holds all of these files, the first of them newest."""
+    found = [p.parent for p in Path("runs").glob(f"*/{names[0]}")]
+    found = [run for run in found if all((run / name).is_file() for name in names)]
+    return max(found, key=lambda run: (run / names[0]).stat().st_mtime, default=None)
+
+
+# ----------------------------------------------------------------------------- processes
+
+
+@dataclass
+class World:
+    """This process among those of torchrun; alone without it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def max(self, value: int) -> int:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace each gradient by its mean over the processes."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / self.size).split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best one there. ValueError for one that is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    name = name or there[0]
+    if name.split(":")[0] not in there:
+        raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
+    return torch.device(name)
+
+
+def launch(device_name: str | None) -> World:
+    """Join the processes torchrun started: NCCL on GPUs, gloo on CPUs."""
+    device = pick_device(device_name)
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+# ----------------------------------------------------------------------------- data order
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, epoch: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive(seed, "epoch", epoch))
+    return torch.randperm(n, generator=generator)
+
+
+def derive(*key) -> int:
+    """A seed of 63 bits out of numbers and words."""
+    return random.Random(repr(key)).getrandbits(63)
+
+
+class Samples(torch.utils.data.Dataset):
+    """The run as one long row of samples: item `position` is sample position % batch size of
+    step position // batch size, made by `prepare(img, captions, rng)`.
+
+    A finite data set is shuffled anew in every epoch. An item that cannot be read gives its
+    place to the next one; its name travels with the batch, so that the trainer can count it.
+    """
+
+    def __init__(self, dataset, prepare: Callable, seed: int):
+        self.dataset, self.prepare, self.seed = dataset, prepare, seed
+
+    def __getitem__(self, position: int) -> tuple[list, list[str]]:
+        n, index, skipped = len(self.dataset), position, []
+        if getattr(self.dataset, "shuffle", True):
+            epoch, k = divmod(position, n)
+            index = int(permutation(n, epoch, self.seed)[k])
+        while True:
+            rng = random.Random(derive(self.seed, "sample", position))
+            try:
+                return self.prepare(*self.dataset[index], rng), skipped
+            except ValueError as error:
+                skipped.append(str(error))
+            if len(skipped) >= min(n, 1000):
+                raise RuntimeError(f"no readable sample in {self.dataset.name}: {skipped[0]}")
+            index = (index + 1) % n
+
+
+def collate(items: list) -> tuple[list[Tensor], list[str]]:
+    tensors = [torch.stack(column) for column in zip(*(item for item, _ in items))]
+    return tensors, [message for _, skipped in items for message in skipped]
+
+
+@dataclass
+class Order:
+    """The positions of each micro-batch, one after the other."""
+
+    firsts: range  # of every step
+    offsets: range  # of this rank's micro-batches within a step
+    micro_batch: int
+
+    def __iter__(self) -> Iterator[range]:
+        for first in self.firsts:
+            for offset in self.offsets:
+                yield range(first + offset, first + offset + self.micro_batch)
+
+
+def ignore_interrupts(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which saves first
+
+
+def micro_batches(
+    samples: Samples,
+    world: World,
+    start: int,
+    steps: int,
+    batch_size: int,
+    micro_batch: int,
+    workers: int,
+) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """This rank's micro-batches of steps start .. steps - 1, in order: (tensors, skipped)."""
+    offsets = range(world.rank * micro_batch, batch_size, world.size * micro_batch)
+    order = Order(range(start * batch_size, steps * batch_size, batch_size), offsets, micro_batch)
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=workers,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=world.device.type == "cuda",
+        )
+    )
+
+
+def held_out(samples: Samples, count: int) -> list[Tensor]:
+    """The first `count` samples of a validation set, as stacked tensors."""
+    items = [samples[k] for k in range(min(count, len(samples.dataset)))]
+    return collate(items)[0]
+
+
+def check_batches(batch_size: int, micro_batch: int | None, world: World) -> int:
+    """The micro-batch size; ValueError where the processes do not divide the batch."""
+    if micro_batch is None and batch_size % world.size == 0:
+        return batch_size // world.size
+    if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * world.size):
+        what = f"{world.size} process(es)" + (f" × --micro-batch {micro_batch}" if micro_batch else "")
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {what}")
+    return micro_batch
+
+
+# ----------------------------------------------------------------------------- schedules
+
+
+def cosine(step: int, steps: int, start: float, end: float) -> float:
+    """From `start` at step 0 to `end` at `steps` along half a cosine, then `end` (A.2)."""
+    if step >= steps:
+        return end
+    return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def images_to(device: torch.device, images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint: tensors and plain data only. ValueError for anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
+    return state
+
+
+def load_state(path: Path, resume: bool, config, world: World) -> dict | None:
+    """The training state to continue from, if that is asked for and there is one."""
+    if not resume:
+        return None
+    if not path.exists():
+        announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
+        return None
+    state = load(path)
+    if state.get("config") != asdict(config):
+        raise ValueError(f"{path} was written with another config: repeat the options of that run")
+    return state
+
+
+def set_aside(run_dir: Path, *names: str) -> None:
+    """Keep what an earlier run left under these names, as NAME.old."""
+    moved = [name for name in names if (run_dir / name).exists()]
+    for name in moved:
+        os.replace(run_dir / name, run_dir / (name + ".old"))
+    if moved:
+        print(f"{run_dir} holds an earlier run: kept as {', '.join(f'{n}.old' for n in moved)}")
+
+
+class Log:
+    """log.jsonl, written by rank 0: one object per logged step and stage. Starting at a step
+    drops what an earlier run of the same stage logged after it."""
+
+    def __init__(self, run_dir: Path, stage: str, start: int, world: World):
+        self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
+        self.is_main = world.is_main
+        if self.is_main and self.path.exists():
+            kept = [line for line in self.path.open() if self.precedes(line, start)]
+            self.path.write_text("".join(kept))
+
+    def precedes(self, line: str, start: int) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["stage"] != self.stage or entry["step"] <= start
+        except (ValueError, KeyError, TypeError):
+            return False  # the torn last line of a killed run
+
+    def write(self, step: int, **values: float) -> None:
+        if self.is_main:
+            seconds = round(time.time() - self.begin, 1)
+            entry = {"stage": self.stage, "step": step, "seconds": seconds}
+            entry |= {name: float(f"{value:.6g}") for name, value in values.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+# ----------------------------------------------------------------------------- what is seen
+
+
+def announce(world: World, message: str) -> None:
+    if world.is_main:
+        print(message, flush=True)
+
+
+SHOWN = ("loss", "text_loss", "image_loss", "val_psnr", "codes", "val_image_loss")
+
+
+class Progress:
+    """The bar of rank 0, and the means of the metrics between two logged steps."""
+
+    def __init__(self, world: World, start: int, steps: int, batch_size: int, unit: str):
+        self.world, self.start, self.steps = world, start, steps
+        self.per_step, self.unit = batch_size, unit
+        self.bar = tqdm(total=steps, initial=start, disable=not world.is_main, mininterval=0.5)
+        self.sums: dict[str, Tensor] = {}
+        self.shown: dict[str, float] = {}
+        self.count, self.since_taken, self.since = 0, 0, time.time()
+        self.skipped: set[str] = set()
+
+    def skip(self, messages: list[str]) -> None:
+        """Name each unreadable sample once; the count stands at the end."""
+        for message in messages:
+            if message not in self.skipped:
+                self.skipped.add(message)
+                self.bar.write(f"skipped: {message}", file=sys.stderr)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+
+    def step(self, done: int) -> None:
+        self.bar.update()
+        self.since_taken += 1
+        if done - self.start == 20 and self.world.is_main:
+            rest = (time.time() - self.since) / 20 * (self.steps - done) / 60
+            self.bar.write(f"about {rest:.0f} minutes to go")
+
+    def restart_clock(self) -> None:
+        """What came before was no training, and does not count in the speed."""
+        self.since = time.time()
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, averaged over the processes, and the speed."""
+        means = torch.stack([total.float() / self.count for total in self.sums.values()])
+        if self.world.size > 1:
+            dist.all_reduce(means)
+            means /= self.world.size
+        values = dict(zip(self.sums, means.tolist()))
+        rate = self.since_taken * self.per_step / (time.time() - self.since)
+        values[f"{self.unit}_per_second"] = rate
+        self.sums, self.count, self.since_taken = {}, 0, 0
+        self.restart_clock()
+        self.show(**values)
+        return values
+
+    def show(self, **values: float) -> None:
+        self.shown |= values
+        shown = {k: f"{v:.4g}" for k, v in self.shown.items() if k in SHOWN or "_per_" in k}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.skipped:
+            announce(self.world, f"{len(self.skipped)} unreadable samples were skipped")
+
+
+def autocast(world: World, dtype: str):
+    """Mixed precision with bfloat16, or nothing."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def leave(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks the loop to stop after the step it is in."""
+
+    def __init__(self, world: World):
+        self.world, self.code = world, 0
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number: int, _) -> None:
+        self.code = 128 + number
+
+    def agreed(self) -> int:
+        """The exit code to stop with, the same on every rank; 0 to go on."""
+        return self.world.max(self.code)
