@@ -38,7 +38,7 @@ COLORS = {
     "pink": (246, 134, 186),
 }
 SHAPES = ("cube", "sphere", "cylinder", "cone", "pyramid")
-SIZES = {"small": 0.2, "large": 0.28}  # radius as a share of the image's side
+SIZES = {"small": 0.19, "large": 0.27}  # radius as a share of the image's side
 SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
 BACKGROUNDS = {
     "white": (226, 224, 220),
@@ -49,16 +49,16 @@ BACKGROUNDS = {
 # where a single object stands, as shares of the image's side
 PLACES = {
     "in the middle": (0.5, 0.5),
-    "on the left": (0.3, 0.5),
-    "on the right": (0.7, 0.5),
-    "at the top": (0.5, 0.32),
-    "at the bottom": (0.5, 0.68),
+    "on the left": (0.25, 0.5),
+    "on the right": (0.75, 0.5),
+    "at the top": (0.5, 0.25),
+    "at the bottom": (0.5, 0.75),
 }
 RELATIONS = {  # where the first and the second of two objects stand
-    "to the left of": ((0.26, 0.5), (0.74, 0.5)),
-    "to the right of": ((0.74, 0.5), (0.26, 0.5)),
-    "above": ((0.5, 0.26), (0.5, 0.74)),
-    "below": ((0.5, 0.74), (0.5, 0.26)),
+    "to the left of": ((0.25, 0.5), (0.75, 0.5)),
+    "to the right of": ((0.75, 0.5), (0.25, 0.5)),
+    "above": ((0.5, 0.25), (0.5, 0.75)),
+    "below": ((0.5, 0.75), (0.5, 0.25)),
 }
 # One pair for each shape, no colour twice: no training picture or caption holds any of these.
 UNSEEN_PAIRS = {
@@ -111,11 +111,9 @@ def toy_scene(index: int, split: str) -> Scene:
             pairs = sorted(UNSEEN_PAIRS) if k == 0 else PAIRS
         color, shape = rng.choice(pairs)
         size = rng.choice(list(SIZES))
-        radius = SIZES[size] * rng.uniform(0.95, 1.05) * (0.85 if relation else 1)
+        radius = SIZES[size] * rng.uniform(0.97, 1.03) * (0.85 if relation else 1)
         things.append(
-            Thing(
-                color, shape, size, x + rng.gauss(0, 0.015), y + rng.gauss(0, 0.015), radius
-            )
+            Thing(color, shape, size, x + rng.gauss(0, 0.012), y + rng.gauss(0, 0.012), radius)
         )
     background = rng.choice(list(BACKGROUNDS))
     light = rng.uniform(0.92, 1.08)
@@ -246,6 +244,9 @@ class ToyWorld:
         pixels, caption = toy_world(index, self.image_size, self.split)
         return Image.fromarray(pixels), [caption]
 
+    def captions_of(self, index: int) -> list[str]:
+        return [toy_scene(index, self.split).caption]
+
 
 # ----------------------------------------------------------------------------- folders
 
@@ -280,17 +281,18 @@ class Folder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         path = self.files[index]
-        captions = []
-        if self.captions:
-            text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-            captions = [line.strip() for line in text.splitlines() if line.strip()]
-            if not captions:
-                raise ValueError(f"{path.with_suffix('.txt')} holds no caption")
+        captions = self.captions_of(index) if self.captions else []
+        if self.captions and not captions:
+            raise ValueError(f"{path.with_suffix('.txt')} holds no caption")
         try:
             with Image.open(path) as img:
                 return ImageOps.exif_transpose(img).convert("RGB"), captions
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+    def captions_of(self, index: int) -> list[str]:
+        text = self.files[index].with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def split_folder(folder: Folder) -> tuple[Folder, Folder]:

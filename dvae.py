@@ -14,16 +14,18 @@ uniform in this stage.
 
 import argparse
 import math
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
 
-@dataclass
+@dataclass(frozen=True)
 class DVAEConfig:
     """Sizes of the dVAE; the defaults are those of the paper (A.1).
 
@@ -35,6 +37,15 @@ class DVAEConfig:
     n_groups: int = 4
     blocks_per_group: int = 2
     vocab_size: int = 8192
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_hid % 4:
+            raise ValueError(
+                f"n_hid must be a multiple of 4, for the bottlenecks, got {self.n_hid}"
+            )
 
     @property
     def factor(self) -> int:
@@ -67,6 +78,11 @@ def logit_laplace_log_prob(x: torch.Tensor, mu: torch.Tensor, ln_b: torch.Tensor
 # ----------------------------------------------------------------------------- layers (A.1)
 
 
+def check_channels(x: torch.Tensor, n_in: int, what: str) -> None:
+    if x.ndim != 4 or x.shape[1] != n_in or not x.is_floating_point():
+        raise ValueError(f"expected {what}, float [B, {n_in}, H, W]; got {x.dtype} {list(x.shape)}")
+
+
 class Conv2d(nn.Module):
     """A convolution that keeps the size, with the released parameter names `w` and `b`."""
 
@@ -79,9 +95,9 @@ class Conv2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         padding = self.w.shape[-1] // 2
-        if self.always_fp32:
+        if self.always_fp32 and torch.amp.is_autocast_available(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return F.conv2d(x.float(), self.w, self.b, padding=padding)
+                return F.conv2d(x.to(self.w.dtype), self.w, self.b, padding=padding)
         return F.conv2d(x, self.w, self.b, padding=padding)
 
 
@@ -143,6 +159,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_channels(x, 3, "images through phi")
         return self.blocks(x)
 
 
@@ -161,13 +178,12 @@ class Decoder(nn.Module):
             OrderedDict(
                 input=Conv2d(config.vocab_size, config.n_init, 1, always_fp32=True),
                 **groups,
-                output=nn.Sequential(
-                    OrderedDict(relu=nn.ReLU(), conv=Conv2d(config.n_hid, 6, 1))
-                ),
+                output=nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(config.n_hid, 6, 1))),
             )
         )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
+        check_channels(z, self.config.vocab_size, "one-hot or relaxed codes")
         return self.blocks(z)
 
 
@@ -175,7 +191,11 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder, decoder and the bound between them. Images are float [B, 3, H, W] in [0, 1]."""
+    """Encoder, decoder and the bound between them.
+
+    Images are float [B, 3, H, W] in [0, 1], H and W multiples of config.factor = f; tokens are
+    long [B, H/f, W/f] in [0, vocab_size). Anything else is a ValueError.
+    """
 
     def __init__(self, config: DVAEConfig):
         super().__init__()
@@ -185,16 +205,36 @@ class DVAE(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Tokens [B, h, w], long: the argmax of the logits, without noise (2.2)."""
+        self.check_images(images)
         return self.encoder(map_pixels(images)).argmax(1)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Images of tokens [B, h, w]: the mode of each pixel's distribution, ln b ignored (A.3)."""
-        mu = self.decoder(self.one_hot(tokens))[:, :3].float()
+        mu = self.decoder(self.one_hot(tokens))[:, :3]
         return unmap_pixels(torch.sigmoid(mu))
 
+    def check_images(self, images: torch.Tensor) -> None:
+        check_channels(images, 3, "images")
+        f = self.config.factor
+        if images.shape[2] % f or images.shape[3] % f or not images.numel():
+            raise ValueError(f"expected sides that are multiples of {f}, got {list(images.shape)}")
+        low, high = torch.aminmax(images)
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+
     def one_hot(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.ndim != 3 or tokens.dtype != torch.long:
+            raise ValueError(
+                f"expected tokens, long [B, h, w]; got {tokens.dtype} {list(tokens.shape)}"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"expected tokens from 0 to {self.config.vocab_size - 1}, "
+                f"got {tokens.min()} to {tokens.max()}"
+            )
         b, h, w = tokens.shape
-        z = torch.zeros(b, self.config.vocab_size, h, w, device=tokens.device)
+        weight = self.decoder.blocks.input.w
+        z = weight.new_zeros(b, self.config.vocab_size, h, w)
         return z.scatter_(1, tokens[:, None], 1.0)
 
     def terms(
@@ -207,10 +247,13 @@ class DVAE(nn.Module):
         over positions; that is 1/192 for a factor of 8, 1/48 for 4. Codes are relaxed at
         temperature tau, or with `hard` drawn from q.
         """
+        self.check_images(images)
+        if tau <= 0:
+            raise ValueError(f"expected a temperature tau > 0, got {tau}")
         x = map_pixels(images)
         logits = self.encoder(x)
         z = F.gumbel_softmax(logits, tau, hard=hard, dim=1)
-        mu, ln_b = self.decoder(z).float().chunk(2, dim=1)
+        mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
         recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
         ln_q = F.log_softmax(logits, dim=1)
         kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)  # [B, h, w]
@@ -254,3 +297,72 @@ def load_dvae(path: str | Path) -> DVAE:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is not a dVAE checkpoint of this project ({reason})") from error
     return model.eval().to(memory_format=torch.channels_last)
+
+
+# ----------------------------------------------------------------------------- python dvae.py
+
+
+def layer_table(half: nn.Module, x: torch.Tensor) -> int:
+    """Print the name, output shape and parameters of each layer of `half` on x; their sum."""
+    print(f"{type(half).__name__:<28}{'output':<22}{'parameters':>12}")
+    total = 0
+    for name, group in half.blocks.named_children():
+        layers = group.named_children() if name.startswith("group") else [("", group)]
+        for part, layer in layers:
+            x = layer(x)
+            count = sum(p.numel() for p in layer.parameters())
+            total += count
+            label = f"{name}.{part}".rstrip(".")
+            print(f"{label:<28}{' × '.join(map(str, x.shape[1:])):<22}{count:>12,}")
+    print(f"{'':<50}{total:>12,}\n")
+    return total
+
+
+def draw_logit_laplace(path: str) -> None:
+    """The density of Eq. 2 over (0, 1) for a few mu and b, as a PNG."""
+    width, height, margin, top = 640, 360, 40, 6.0
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    x = torch.linspace(1e-3, 1 - 1e-3, 1000)
+    left, right, bottom = margin, width - 10, height - margin
+
+    def at(u: float, f: float) -> tuple[float, float]:
+        return left + u * (right - left), bottom - min(f, top) / top * (bottom - 10)
+
+    curves = (
+        (0.0, 1.0, "#3f72b5"),
+        (0.0, 0.25, "#3d9a62"),
+        (1.5, 0.5, "#c2553d"),
+        (-1.5, 2.0, "#7a55a8"),
+    )
+    for k, (mu, b, color) in enumerate(curves):
+        f = logit_laplace_log_prob(x, torch.tensor(mu), torch.tensor(math.log(b))).exp()
+        pen.line([at(u, v) for u, v in zip(x.tolist(), f.tolist())], color, 2)
+        pen.text((right - 120, 14 + 16 * k), f"mu = {mu:g}, b = {b:g}", color)
+    for edge in (EPS, 1 - EPS):  # where phi puts black and white
+        pen.line([at(edge, 0), at(edge, top)], "#bbbbbb")
+        pen.text((at(edge, 0)[0] - 8, bottom + 4), f"{edge:g}", "black")
+    pen.rectangle((left, 10, right, bottom), outline="black")
+    pen.text((left, height - 18), "x in (0, 1); grey: phi(0) and phi(255) of Eq. 3", "black")
+    pen.text((4, 10), f"{top:g}", "black")
+    picture.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The layers of the paper's dVAE, and Eq. 2.")
+    parser.add_argument("-o", "--out", default="logit_laplace.png", metavar="FILE")
+    args = parser.parse_args()
+    config = DVAEConfig()
+    with torch.device("meta"):
+        layer_table(Encoder(config), torch.empty(1, 3, 256, 256))
+        layer_table(Decoder(config), torch.empty(1, config.vocab_size, 32, 32))
+    try:
+        draw_logit_laplace(args.out)
+    except (OSError, ValueError) as error:
+        print(f"dvae.py: cannot write {args.out}: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: the logit-Laplace density of Eq. 2")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import training
 from data import open_dataset, preprocess_dvae, sheet
@@ -54,7 +53,8 @@ PRESETS = {
                  warmup_steps=100, ema=0.995, kl_weight=2.0, kl_steps=900, tau_steps=6000),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
-                  lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000, tau_steps=20_000),
+                  lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000,
+                  tau_steps=20_000),
     "base": dict(n_hid=128, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
                  lr_steps=500_000, tau_steps=50_000),
     "paper": dict(),
@@ -121,11 +121,13 @@ def main() -> None:
         images = training.held_out(training.Samples(val, prepare_image, seed=0), 512)[0]
         run_dir = args.run_dir or training.Path("runs") / preset
         run_dir.mkdir(parents=True, exist_ok=True)
-        state = training.load_state(run_dir / "dvae_state.pt", args.resume, config, world)
+        state = training.load_state(run_dir / "dvae_state.pt", args.resume, world)
+        if state:
+            path = run_dir / "dvae_state.pt"
+            training.check_config(path, DVAEConfig(**state["config"]), config)
         if args.init_from:
             model = load_dvae(args.init_from)
-            if model.config != config:
-                raise ValueError(f"{args.init_from} holds {model.config}, expected {config}")
+            training.check_config(args.init_from, model.config, config)
     if not args.init_from:
         torch.manual_seed(args.seed)
         model = DVAE(config)
@@ -216,7 +218,8 @@ def main() -> None:
     training.announce(
         world,
         f"{run_dir}/dvae.pt: {progress.shown['val_psnr']:.1f} dB on held-out images, "
-        f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; see {run_dir}/dvae.png\n"
+        f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; "
+        f"see {run_dir}/dvae.png\n"
         f"next: python train_prior.py --run-dir {run_dir}",
     )
     training.leave(world)

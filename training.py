@@ -121,6 +121,19 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the processes."""
         if self.size == 1:
@@ -257,8 +270,10 @@ def check_batches(batch_size: int, micro_batch: int | None, world: World) -> int
     if micro_batch is None and batch_size % world.size == 0:
         return batch_size // world.size
     if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * world.size):
-        what = f"{world.size} process(es)" + (f" × --micro-batch {micro_batch}" if micro_batch else "")
-        raise ValueError(f"--batch-size {batch_size} is not a multiple of {what}")
+        parts = f"{world.size} process(es)"
+        if micro_batch:
+            parts += f" × --micro-batch {micro_batch}"
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {parts}")
     return micro_batch
 
 
@@ -304,17 +319,25 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_state(path: Path, resume: bool, config, world: World) -> dict | None:
+def load_state(path: Path, resume: bool, world: World) -> dict | None:
     """The training state to continue from, if that is asked for and there is one."""
     if not resume:
         return None
     if not path.exists():
         announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
         return None
-    state = load(path)
-    if state.get("config") != asdict(config):
-        raise ValueError(f"{path} was written with another config: repeat the options of that run")
-    return state
+    return load(path)
+
+
+def check_config(path: Path, found, expected) -> None:
+    """ValueError unless the config of a file is the one that was asked for."""
+    differ = [
+        f"{name} {value} (expected {getattr(expected, name)})"
+        for name, value in asdict(found).items()
+        if value != getattr(expected, name)
+    ]
+    if differ:
+        raise ValueError(f"{path} holds a model of other sizes: {', '.join(differ)}")
 
 
 def set_aside(run_dir: Path, *names: str) -> None:
@@ -375,6 +398,7 @@ class Progress:
         self.shown: dict[str, float] = {}
         self.count, self.since_taken, self.since = 0, 0, time.time()
         self.skipped: set[str] = set()
+        self.cut = 0  # captions longer than the text part of the stream
 
     def skip(self, messages: list[str]) -> None:
         """Name each unreadable sample once; the count stands at the end."""
@@ -402,10 +426,7 @@ class Progress:
     def take(self) -> dict[str, float]:
         """The means since the last call, averaged over the processes, and the speed."""
         means = torch.stack([total.float() / self.count for total in self.sums.values()])
-        if self.world.size > 1:
-            dist.all_reduce(means)
-            means /= self.world.size
-        values = dict(zip(self.sums, means.tolist()))
+        values = dict(zip(self.sums, self.world.mean(means).tolist()))
         rate = self.since_taken * self.per_step / (time.time() - self.since)
         values[f"{self.unit}_per_second"] = rate
         self.sums, self.count, self.since_taken = {}, 0, 0
@@ -422,6 +443,8 @@ class Progress:
         self.bar.close()
         if self.skipped:
             announce(self.world, f"{len(self.skipped)} unreadable samples were skipped")
+        if self.cut:
+            announce(self.world, f"{self.cut} captions were cut to the model's text length")
 
 
 def autocast(world: World, dtype: str):
@@ -430,8 +453,7 @@ def autocast(world: World, dtype: str):
 
 
 def leave(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
+    world.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
 

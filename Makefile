@@ -1,0 +1,29 @@
+# make demo   a picture of "a red cube" from the shipped weights
+# make test   the test suite
+# make tiny   the whole pipeline on the toy world: dVAE, prior, judge, a picture
+PYTHON ?= python3
+RUN ?= runs/tiny
+BIN = .venv/bin
+
+.PHONY: demo test tiny lint
+
+demo: .venv/installed
+	$(BIN)/python sample.py "a red cube" --run-dir pretrained/tiny
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+tiny: .venv/installed
+	$(BIN)/python train_dvae.py --tiny --run-dir $(RUN)
+	$(BIN)/python train_prior.py --tiny --run-dir $(RUN)
+	$(BIN)/python judge.py --run-dir $(RUN)
+	$(BIN)/python sample.py "a red cube" --run-dir $(RUN) -o $(RUN)/red_cube.png
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements-dev.txt
+	touch $@

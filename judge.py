@@ -1,0 +1,182 @@
+"""
+An independent judge of the toy world: are the colour and the shape what the caption says?
+
+A small convolutional network learns colour and shape from fresh renders of single objects, all
+pairs alike, blurred and noisy at random, since a model's pictures are. Then it measures a run:
+the dVAE on held-out renders, and one sample for each of many one-object captions, of seen pairs
+of colour and shape and of pairs that no training picture or caption held (3.3).
+
+    python judge.py                        # the newest run, else pretrained/tiny
+    python judge.py --run-dir runs/tiny --prompts 200
+
+The judge itself is kept in runs/judge.pt.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import COLORS, SHAPES, Scene, render, toy_scene, toy_world
+from sample import draws, encode_prompt, find_run, load_run
+
+SIZE = 32  # pixels, of the toy world the judge knows
+FRESH = 10**9  # no model trains on toy pictures this far out
+STEPS, BATCH = 1500, 64
+
+
+def single_objects(split: str, first: int) -> Iterator[tuple[int, Scene]]:
+    """The one-object scenes of a split from index `first` on, endlessly, with their indices."""
+    index = first
+    while True:
+        scene = toy_scene(index, split)
+        if len(scene.things) == 1:
+            yield index, scene
+        index += 1
+
+
+def renders(first: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Endless (float [3, H, W] without sensor noise, colour number, shape number)."""
+    scenes = {split: single_objects(split, first) for split in ("train", "unseen")}
+    k = 0
+    while True:  # an eighth of the pairs are unseen ones, and so is an eighth of these scenes
+        _, scene = next(scenes["unseen" if k % 8 == 0 else "train"])
+        thing = scene.things[0]
+        pixels = torch.from_numpy(render(scene, SIZE)).permute(2, 0, 1).float() / 255
+        yield pixels, list(COLORS).index(thing.color), SHAPES.index(thing.shape)
+        k += 1
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of [B, 3, H, W] with a 5 × 5 kernel."""
+    t = torch.exp(-((torch.arange(5) - 2.0) ** 2) / (2 * sigma**2))
+    kernel = (t[:, None] * t / t.sum() ** 2).expand(3, 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+
+
+class Judge(nn.Module):
+    """[B, 3, 32, 32] in [0, 1] to logits over colours [B, 8] and shapes [B, 5]."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        for n_in, n_out, stride in ((3, 32, 1), (32, 64, 2), (64, 96, 2), (96, 128, 2)):
+            layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
+        self.color = nn.Linear(128 * 16, len(COLORS))
+        self.shape = nn.Linear(128 * 16, len(SHAPES))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk(x)
+        return self.color(features), self.shape(features)
+
+
+def right(judge: Judge, images: Tensor, colors: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [B] each: is the colour right, is the shape."""
+    with torch.inference_mode():
+        color, shape = judge(images)
+    return color.argmax(1) == colors, shape.argmax(1) == shapes
+
+
+def batch_of(source: Iterator, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    pixels, colors, shapes = zip(*(next(source) for _ in range(count)))
+    return torch.stack(pixels), torch.tensor(colors), torch.tensor(shapes)
+
+
+def train_judge() -> Judge:
+    torch.manual_seed(0)
+    judge, source = Judge(), renders(FRESH)
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
+    for _ in tqdm(range(STEPS), desc="judge"):
+        x, colors, shapes = batch_of(source, BATCH)
+        x = blur(x, 0.3 + 0.7 * torch.rand(()).item())
+        x = x + 0.05 * torch.rand(()) * torch.randn_like(x)
+        color, shape = judge(x)
+        loss = F.cross_entropy(color, colors) + F.cross_entropy(shape, shapes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+@torch.inference_mode()
+def judge_dvae(dvae) -> tuple[float, int]:
+    """Of 512 `val` pictures through argmax tokens: mean PSNR in dB against the renders without
+    sensor noise, and the number of codes in use."""
+    noisy, clean = [], []
+    for index in range(512):
+        scene = toy_scene(index, "val")
+        clean.append(torch.from_numpy(render(scene, SIZE)))
+        noisy.append(torch.from_numpy(toy_world(index, SIZE, "val")[0]))
+    noisy, clean = (torch.stack(x).permute(0, 3, 1, 2).float() / 255 for x in (noisy, clean))
+    tokens = dvae.encode(noisy)
+    mse = (dvae.decode(tokens) - clean).square().mean((1, 2, 3))
+    return (-10 * torch.log10(mse)).mean().item(), len(tokens.unique())
+
+
+@torch.inference_mode()
+def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple[float, ...]:
+    """One sample at temperature 1 for each of `count` one-object captions: the shares with the
+    right colour, the right shape, and both."""
+    bpe, dvae, prior = run
+    scenes = single_objects(split, 0)
+    things, texts = [], []
+    for _ in range(count):
+        _, scene = next(scenes)
+        things.append(scene.things[0])
+        texts.append(encode_prompt(scene.caption, bpe, prior))
+    grid = prior.config.grid
+    uniforms = draws(seed, range(count), grid**2)
+    tokens = prior.generate(torch.stack(texts), uniforms=uniforms)
+    images = dvae.decode(tokens.view(-1, grid, grid))
+    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
+    shapes = torch.tensor([SHAPES.index(thing.shape) for thing in things])
+    color, shape = right(judge, images, colors, shapes)
+    return tuple(x.float().mean().item() for x in (color, shape, color & shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a run on the toy world.")
+    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
+    parser.add_argument("--prompts", type=int, default=200, help="of each kind (default 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    run_dir = args.run_dir or find_run()
+    try:
+        run = load_run(run_dir, "cpu")
+        if run[1].config.factor * run[2].config.grid != SIZE:
+            raise ValueError(f"{run_dir} draws other sizes than {SIZE} × {SIZE} pixels")
+    except (ValueError, OSError) as error:
+        print(f"judge.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    judge, path = Judge(), Path("runs/judge.pt")
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        judge.eval()
+    else:
+        judge = train_judge()
+        path.parent.mkdir(exist_ok=True)
+        torch.save(judge.state_dict(), path)
+    color, shape = right(judge, *batch_of(renders(2 * FRESH), 2000))
+    print(f"judge: {(color & shape).float().mean():.2%} right on 2000 renders it has not seen")
+    psnr, codes = judge_dvae(run[1])
+    total = run[1].config.vocab_size
+    print(f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, {codes} of {total} codes in use")
+    for split in ("val", "unseen"):
+        color, shape, both = judge_prompts(judge, run, split, args.prompts, args.seed)
+        kind = "seen" if split == "val" else "unseen"
+        print(
+            f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
+            f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""From nothing to a picture, as a user would: both trainers, the sampler, the bad inputs."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_dvae
+import train_prior
+from bpe import BPE
+from data import toy_world
+from dvae import load_dvae
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, code=0, **options):
+    """Run a script of the project in a process of its own; its stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **options
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def log_of(run_dir, stage):
+    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["stage"] == stage]
+
+
+def last(run_dir, stage, name):
+    return [entry[name] for entry in log_of(run_dir, stage) if name in entry][-1]
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A miniature of the tiny preset: both stages, a few hundred updates each."""
+    run_dir = tmp_path_factory.mktemp("runs") / "mini"
+    run("train_dvae.py", "--tiny", "--run-dir", run_dir, "--steps", 700, "--eval-every", 350)
+    run("train_prior.py", "--run-dir", run_dir, "--steps", 240, "--eval-every", 120)
+    return run_dir
+
+
+def test_the_dvae_learns(tiny_run):
+    """Its pictures come closer to held-out ones than the mean training picture, by 3 dB."""
+    train = np.stack([toy_world(k, 32, "train")[0] for k in range(512)]) / 255
+    val = np.stack([toy_world(k, 32, "val")[0] for k in range(512)]) / 255
+    baseline = -10 * np.log10(((val - train.mean(0)) ** 2).mean((1, 2, 3))).mean()
+    assert last(tiny_run, "dvae", "val_psnr") > baseline + 3
+    assert last(tiny_run, "dvae", "codes") > 25
+    losses = [entry["loss"] for entry in log_of(tiny_run, "dvae") if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_prior_learns(tiny_run):
+    """Below the entropy of tokens drawn independently, for image and text alike."""
+    dvae, bpe = load_dvae(tiny_run / "dvae.pt"), BPE.load(tiny_run / "bpe.json")
+    pictures, captions = zip(*(toy_world(k, 32, "train") for k in range(512)))
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        tokens = dvae.encode(images)
+
+    def entropy(counts):
+        p = counts[counts > 0] / counts.sum()
+        return -(p * p.log()).sum().item()
+
+    assert last(tiny_run, "prior", "val_image_loss") < entropy(tokens.flatten().bincount()) - 0.3
+    words = torch.tensor([i for caption in captions for i in bpe.encode(caption)])
+    assert last(tiny_run, "prior", "val_text_loss") < entropy(words.bincount())
+
+
+def test_what_a_run_leaves(tiny_run):
+    for name in ("bpe.json", "dvae.pt", "prior.pt", "log.jsonl", "dvae.png", "samples.png"):
+        assert (tiny_run / name).stat().st_size > 0
+    assert Image.open(tiny_run / "dvae.png").size == (8 * 132, 4 * 132)
+    for stage in ("dvae", "prior"):
+        assert all(
+            math.isfinite(v) for e in log_of(tiny_run, stage) for k, v in e.items() if k != "stage"
+        )
+
+
+def test_a_picture_is_drawn_and_drawn_again(tiny_run, tmp_path):
+    for name in ("a.png", "b.png"):
+        out, _ = run("sample.py", "a red cube", "--run-dir", tiny_run, "-o", tmp_path / name)
+    assert str(tiny_run) in out
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (256, 256)
+    one = sample.draw("a red cube", 3, tiny_run, seed=5, batch_size=2)
+    more = sample.draw("a red cube", 5, tiny_run, seed=5, batch_size=5)
+    assert len(one) == 3 and len(more) == 5 and one[0].size == (32, 32)
+    assert all((np.asarray(a) == np.asarray(b)).mean() > 0.99 for a, b in zip(one, more))
+
+
+def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
+    """Interrupted by Ctrl-C somewhere, both stages end with the same bits."""
+    dvae = ["train_dvae.py", "--tiny", "--steps", "24", "--eval-every", "6", "--log-every", "2"]
+    prior = ["train_prior.py", "--steps", "24", "--eval-every", "6", "--log-every", "2",
+             "--ema-every", "1", "--batch-size", "8", "--plateau-steps", "5"]  # fmt: skip
+    for script, name in ((dvae, "dvae.pt"), (prior, "prior.pt")):
+        run(*script, "--run-dir", tmp_path / "whole")
+        command = [sys.executable, *script, "--run-dir", str(tmp_path / "broken")]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        log = tmp_path / "broken" / "log.jsonl"
+        stage = name.removesuffix(".pt")
+        while not (log.exists() and f'"stage": "{stage}", "step": 4' in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "go on with --resume" in process.stderr.read()
+        run(*script, "--run-dir", tmp_path / "broken", "--resume")
+        whole = torch.load(tmp_path / "whole" / name, weights_only=True)
+        broken = torch.load(tmp_path / "broken" / name, weights_only=True)
+        assert whole["step"] == broken["step"] == 24
+        for key, value in whole["model"].items():
+            assert (value == broken["model"][key]).all(), key
+        steps = [e["step"] for e in log_of(tmp_path / "broken", stage) if "loss" in e]
+        assert steps == sorted(set(steps))
+
+
+def test_torchrun_gives_the_same_losses(tiny_run, tmp_path):
+    """Two processes with gloo against one, the same global batch."""
+    losses = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]):
+        run_dir = tmp_path / str(len(losses))
+        run_dir.mkdir()
+        for name in ("dvae.pt", "bpe.json"):
+            (run_dir / name).write_bytes((tiny_run / name).read_bytes())
+        run(*launcher, "train_prior.py", "--run-dir", run_dir, "--steps", 6, "--log-every", 1,
+            "--batch-size", 8, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        losses.append([e["loss"] for e in log_of(run_dir, "prior") if "loss" in e])
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def photos(folder):
+    """Small pictures of all sorts, one of them broken."""
+    folder.mkdir()
+    rng = random.Random(0)
+    for k in range(12):
+        size = (rng.randrange(20, 90), rng.randrange(20, 90))
+        color = tuple(rng.randrange(256) for _ in range(3))
+        Image.new("RGB", size, color).save(folder / f"{k}.jpg")
+        (folder / f"{k}.txt").write_text(f"a photo of colour {color}\n")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "broken.txt").write_text("nothing to see")
+    return folder
+
+
+def test_own_pictures(tmp_path):
+    folder, run_dir = photos(tmp_path / "photos"), tmp_path / "run"
+    options = ["--run-dir", run_dir, "--steps", 4, "--batch-size", 16]
+    _, errors = run("train_dvae.py", "--tiny", "--data", folder, *options)
+    assert errors.count("broken.jpg") == 1 and "Traceback" not in errors
+    out, _ = run("train_prior.py", *options)
+    assert str(folder) in out  # the dVAE's data, unless told otherwise
+    assert (run_dir / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    "script, args, expected",
+    [
+        (train_dvae, ["--preset", "huge"], "huge"),
+        (train_dvae, ["--tiny", "--data", "nowhere"], "does not exist"),
+        (train_dvae, ["--tiny", "--data", "."], "no images"),
+        (train_dvae, ["--tiny", "--batch-size", "0"], "at least 1"),
+        (train_dvae, ["--tiny", "--steps", "-3"], "at least 1"),
+        (train_dvae, ["--tiny", "--micro-batch", "7"], "not a multiple"),
+        (train_dvae, ["--tiny", "--image-size", "30"], "multiple of 4"),
+        (train_dvae, ["--tiny", "--device", "cuda:0"], "not there"),
+        (train_dvae, ["--tiny", "--init-from", "nowhere.pt"], "nowhere.pt"),
+        (train_prior, ["--run-dir", "."], "python train_dvae.py"),
+        (train_prior, [], "python train_dvae.py"),
+        (sample, ["a red cube", "--run-dir", "."], "train it with"),
+        (sample, ["", "--run-dir", "RUN"], "empty"),
+        (sample, ["x" * 999, "--run-dir", "RUN"], "tokens"),
+        (sample, ["a cube", "--run-dir", "RUN", "-o", "no/where.png"], "does not exist"),
+        (sample, ["a cube", "--run-dir", "RUN", "-o", "picture"], "name of a picture"),
+        (sample, ["a cube", "--run-dir", "RUN", "--candidates", "0"], "candidates"),
+        (sample, ["a cube", "--run-dir", "RUN", "--top-k", "0"], "top_k"),
+        (sample, ["a cube", "--run-dir", "RUN", "--device", "gpu"], "not there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    script, args, expected, tiny_run, tmp_path, monkeypatch, capsys
+):
+    if args[-1] == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("the device is there")
+    args = [str(tiny_run) if arg == "RUN" else arg for arg in args]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *args])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert expected in message
+    assert not list(tmp_path.rglob("*.p*"))
+
+
+def test_the_shipped_run_draws():
+    """pretrained/tiny is whole, and a red cube is red."""
+    pictures = sample.draw("a large red cube in the middle", 4, ROOT / "pretrained/tiny")
+    for picture in pictures:
+        red, green, blue = np.asarray(picture)[12:20, 12:20].reshape(-1, 3).mean(0)
+        assert red > 1.5 * max(green, blue)

@@ -1,0 +1,186 @@
+"""Schedules at the paper's points, averaging in closed form, the order of the data, files."""
+
+import argparse
+import math
+import random
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import train_dvae
+import train_prior
+import training
+from training import World, cosine
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_the_papers_numbers_are_the_defaults():
+    """A.2 and B.2."""
+    d = train_dvae.DVAETraining()
+    assert (d.image_size, d.batch_size, d.steps) == (256, 64 * 8, 3_000_000)
+    assert (d.lr, d.lr_end, d.lr_steps) == (1e-4, 1.25e-6, 1_200_000)
+    assert (d.beta1, d.beta2, d.eps, d.weight_decay, d.ema) == (0.9, 0.999, 1e-8, 1e-4, 0.999)
+    assert (d.kl_weight, d.kl_steps) == (6.6, 5000)
+    assert (d.tau_start, d.tau_end, d.tau_steps) == (1, 1 / 16, 150_000)
+    p = train_prior.PriorTraining()
+    assert (p.batch_size, p.steps, p.lr, p.warmup_steps) == (1024, 430_000, 4.5e-4, 5000)
+    assert (p.beta1, p.beta2, p.eps, p.weight_decay, p.clip) == (0.9, 0.96, 1e-8, 4.5e-2, 4)
+    assert (p.ema, p.ema_every, p.bpe_dropout, p.plateau_halvings) == (0.99, 25, 0.1, 5)
+    assert train_dvae.PRESETS["paper"] == train_prior.PRESETS["paper"] == {}
+
+
+def test_cosine_schedules():
+    assert cosine(0, 5000, 0, 6.6) == 0
+    assert cosine(2500, 5000, 0, 6.6) == pytest.approx(3.3)
+    assert cosine(5000, 5000, 0, 6.6) == cosine(9**9, 5000, 0, 6.6) == 6.6
+    assert cosine(50_000, 150_000, 1, 1 / 16) == pytest.approx(
+        1 / 16 + 15 / 16 * (1 + math.cos(math.pi / 3)) / 2
+    )
+    assert cosine(1_200_000, 1_200_000, 1e-4, 1.25e-6) == 1.25e-6
+    values = [cosine(s, 100, 1, 0) for s in range(101)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_steps_alone_scale_every_schedule():
+    args = argparse.Namespace(steps=300, lr=None, kl_steps=None, tau_steps=7)
+    hp = training.choose(train_dvae.DVAETraining, {}, args)
+    assert (hp.steps, hp.lr_steps, hp.tau_steps) == (300, 120, 7)
+    assert hp.kl_steps == round(5000 * 300 / 3_000_000)
+
+
+def test_iterate_averaging_is_the_closed_form():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    values = [random.Random(k).uniform(-1, 1) for k in range(60)]
+    for value in values:
+        model.weight.data.fill_(value)
+        average.update_parameters(model)
+    n = len(values) - 1  # the first iterate starts the average
+    expected = 0.99**n * values[0]
+    expected += sum(0.01 * 0.99 ** (n - k) * values[k] for k in range(1, n + 1))
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_step_size_halves_on_plateaus_five_times():
+    """(B.2)"""
+    p = train_prior.PriorTraining()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], p.lr)
+    plateau = ReduceLROnPlateau(
+        optimizer,
+        factor=0.5,
+        patience=0,
+        threshold=p.plateau_threshold,
+        min_lr=p.lr / 2**p.plateau_halvings,
+    )
+
+    def after(loss):
+        plateau.step(loss)
+        return optimizer.param_groups[0]["lr"]
+
+    assert after(4.0) == after(3.9) == after(3.8) == p.lr
+    assert after(3.799) == p.lr / 2  # less than 0.2% better than the best: a plateau
+    assert after(3.5) == p.lr / 2
+    rates = [after(3.5) for _ in range(10)]
+    assert rates[:4] == [p.lr / 4, p.lr / 8, p.lr / 16, p.lr / 32]
+    assert set(rates[4:]) == {p.lr / 32}
+
+
+class Numbers:
+    name = "numbers"
+
+    def __init__(self, n, broken=()):
+        self.n, self.broken = n, broken
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise ValueError(f"{index} is broken")
+        return index, []
+
+
+def number_and_draw(index, captions, rng):
+    return [torch.tensor([index, rng.randrange(10**9)])]
+
+
+def stream(world, micro_batch, start=0, workers=0, n=10, batch_size=8, steps=6):
+    samples = training.Samples(Numbers(n), number_and_draw, seed=1)
+    batches = training.micro_batches(samples, world, start, steps, batch_size, micro_batch, workers)
+    return [tensors[0] for tensors, _ in batches]
+
+
+def test_data_order_is_the_same_for_any_number_of_processes():
+    """Also for any micro-batch, number of workers, and when resumed."""
+    whole = torch.stack(stream(ALONE, 8))
+    assert whole.shape == (6, 8, 2)
+    assert (torch.cat(stream(ALONE, 2, workers=2)).view(6, 8, 2) == whole).all()
+    assert (torch.stack(stream(ALONE, 8, start=4)) == whole[4:]).all()
+    ranks = [torch.stack(stream(World(r, 2, ALONE.device), 2)).view(6, 2, 2, 2) for r in (0, 1)]
+    assert (torch.stack(ranks, dim=2).view(6, 8, 2) == whole).all()
+    # each epoch of ten is a permutation, another one each time
+    epochs = whole[..., 0].flatten()[:40].view(4, 10)
+    assert (epochs.sort().values == torch.arange(10)).all()
+    assert len({tuple(e.tolist()) for e in epochs}) == 4
+
+
+def test_unreadable_samples_give_their_place_to_the_next():
+    samples = training.Samples(Numbers(10, broken={3, 4}), number_and_draw, seed=0)
+    seen, skipped = [], []
+    for k in range(10):
+        (item,), messages = samples[k]
+        seen.append(int(item[0]))
+        skipped += messages
+    assert len(seen) == 10 and not {3, 4} & set(seen)
+    assert set(skipped) == {"3 is broken", "4 is broken"}
+    with pytest.raises(RuntimeError, match="no readable sample"):
+        training.Samples(Numbers(3, broken={0, 1, 2}), number_and_draw, seed=0)[0]
+
+
+def test_batch_sizes_must_divide():
+    assert training.check_batches(64, None, World(0, 4, ALONE.device)) == 16
+    assert training.check_batches(64, 8, World(0, 4, ALONE.device)) == 8
+    for batch, micro, size in ((64, None, 3), (64, 7, 1), (64, 0, 1), (64, 32, 4)):
+        with pytest.raises(ValueError, match="--batch-size 64"):
+            training.check_batches(batch, micro, World(0, size, ALONE.device))
+
+
+def test_checkpoints_are_whole_or_refused(tmp_path):
+    path = tmp_path / "state.pt"
+    training.save(path, {"a": torch.arange(3), "step": 1})
+    assert training.load(path)["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+    class Unsaveable:
+        def __reduce__(self):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        training.save(path, {"a": Unsaveable()})
+    assert training.load(path)["step"] == 1
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="cannot be read"):
+        training.load(path)
+    torch.save(ALONE, path)  # an object, for which reading would have to run code
+    with pytest.raises(ValueError, match="cannot be read"):
+        training.load(path)
+
+
+def test_log_drops_what_is_run_again(tmp_path):
+    log = training.Log(tmp_path, "dvae", 0, ALONE)
+    for step in (10, 20, 30):
+        log.write(step, loss=1 / 3)
+    training.Log(tmp_path, "prior", 0, ALONE).write(5, loss=2)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"stage": "dv')
+    training.Log(tmp_path, "dvae", 20, ALONE).write(25, loss=3)
+    lines = [eval(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        ("dvae", 10),
+        ("dvae", 20),
+        ("prior", 5),
+        ("dvae", 25),
+    ]

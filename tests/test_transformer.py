@@ -1,0 +1,464 @@
+"""transformer.py against Fig. 11 and definitions written out independently of it."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import transformer
+from transformer import (
+    Attention,
+    Transformer,
+    TransformerConfig,
+    attention_mask,
+    layer_kind,
+    pad_text,
+    sample,
+)
+
+KINDS = ["row", "column", "conv"]
+
+# The image part of Fig. 11 with a 4 × 4 grid and kernel 3, by hand from the caption and (B.1).
+FIG_11 = {
+    "row": """
+        #...............
+        ##..............
+        ###.............
+        ####............
+        #####...........
+        .#####..........
+        ..#####.........
+        ...#####........
+        ....#####.......
+        .....#####......
+        ......#####.....
+        .......#####....
+        ........#####...
+        .........#####..
+        ..........#####.
+        ...........#####""",
+    "column": """
+        #...............
+        .#..............
+        ..#.............
+        ...#............
+        #...#...........
+        .#...#..........
+        ..#...#.........
+        ...#...#........
+        #...#...#.......
+        .#...#...#......
+        ..#...#...#.....
+        ...#...#...#....
+        #...#...#...#...
+        .#...#...#...#..
+        ..#...#...#...#.
+        ...#...#...#...#""",
+    "conv": """
+        #...............
+        ##..............
+        .##.............
+        #.##............
+        ##.##...........
+        ###.##..........
+        .###.##.........
+        ..###.##........
+        ...###.##.......
+        ....###.##......
+        .....###.##.....
+        ......###.##....
+        .......###.##...
+        ........###.##..
+        .........###.##.
+        ..........###.##""",
+}
+TEXT_PART = ["#" + "." * 21, "##" + "." * 20, "###" + "." * 19]
+TEXT_PART += ["####" + "." * 18, "#####" + "." * 17, "######" + "." * 16]
+
+
+def small(n_layer=4, text_len=5, grid=4, kernel=3, **kw):
+    sizes = {"n_head": 2, "d_head": 4, "text_vocab": 20, "image_vocab": 13, **kw}
+    return TransformerConfig(n_layer, text_len=text_len, grid=grid, kernel=kernel, **sizes)
+
+
+def build(config, seed=0):
+    """A float64 model with weights large enough that everything matters to the output."""
+    torch.manual_seed(seed)
+    model = Transformer(config).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def batch(config, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, config.text_len, (n,), generator=g).tolist()
+    ids = [torch.randint(0, config.text_vocab, (k,), generator=g) for k in lengths]
+    text = torch.stack([pad_text(i, config.text_len, config.text_vocab) for i in ids])
+    return text, torch.randint(0, config.image_vocab, (n, config.grid**2), generator=g)
+
+
+def dense(block, x):
+    """The attention resblock, written with the dense mask."""
+    c, (B, S, d) = block.config, x.shape
+    q, k, v = block.qkv(block.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
+    mask = attention_mask(block.kind, c.text_len, c.grid, c.kernel)
+    logits = (q @ k.transpose(2, 3) / math.sqrt(c.d_head)).masked_fill(~mask, -math.inf)
+    return block.out((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, S, d))
+
+
+def draw_uncached(model, text, start, n, u, warp=lambda p: p):
+    """The loop of definitions: run everything for each token and invert its distribution."""
+    image = start.clone()
+    for k in range(n, image.shape[1]):
+        p = warp(model(text, image)[1][:, k].softmax(-1))
+        for row in range(len(image)):
+            mass, token = 0.0, -1
+            while mass <= u[row, k] * p[row].sum():
+                token += 1
+                mass += p[row, token]
+            image[row, k] = token
+    return image
+
+
+# ---- masks and order ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_those_of_figure_11(kind):
+    rows = TEXT_PART + ["######" + row.strip() for row in FIG_11[kind].split()]
+    drawn = torch.tensor([[cell == "#" for cell in row] for row in rows])
+    assert torch.equal(attention_mask(kind, text_len=6, grid=4, kernel=3), drawn)
+
+
+@given(st.sampled_from(KINDS), st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3, 5, 11]))
+@settings(max_examples=40, deadline=None)
+def test_mask_follows_the_definition_pair_by_pair(kind, T, G, kernel):
+    def sees(i, j):
+        if j > i:
+            return False
+        if i < T or j < T:
+            return True
+        d, h = i - j, (kernel - 1) // 2
+        if kind == "row":
+            return d <= G
+        if kind == "column":
+            return (i - T) % G == (j - T) % G
+        return any(d - r * G in range(-h, h + 1) for r in range(h + 1))
+
+    S = T + G * G
+    expected = torch.tensor([[sees(i, j) for j in range(S)] for i in range(S)])
+    assert torch.equal(attention_mask(kind, T, G, kernel), expected)
+
+
+def test_order_of_the_layers():
+    kinds = [layer_kind(i, 64) for i in range(1, 65)]
+    assert kinds[:8] == ["row", "column", "row", "row", "row", "column", "row", "row"]
+    assert [i for i, kind in enumerate(kinds, 1) if kind == "column"] == list(range(2, 63, 4))
+    assert [i for i, kind in enumerate(kinds, 1) if kind == "conv"] == [64]
+    assert [layer_kind(i, 2) for i in (1, 2)] == ["row", "conv"]
+    built = [block.kind for block in Transformer(small(n_layer=6)).blocks[0::2]]
+    assert built == ["row", "column", "row", "row", "row", "conv"]
+
+
+# ---- sparse equals dense, and the past only ----------------------------------------------------
+
+
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 7),
+    st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]),
+    st.sampled_from([1, 3, 5, 11]),
+    st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_sparse_layer_equals_dense_forward_and_backward(kind, T, G, kernel, B):
+    torch.manual_seed(T * G)
+    block = Attention(small(text_len=T, grid=G, kernel=kernel), kind).double()
+    x = torch.randn(B, T + G * G, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    inputs = [x, *block.parameters()]
+    sparse, reference = block(x), dense(block, x)
+    torch.testing.assert_close(sparse, reference, rtol=1e-9, atol=1e-12)
+    gradients = torch.autograd.grad((sparse * weight).sum(), inputs)
+    expected = torch.autograd.grad((reference * weight).sum(), inputs)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_allowed_key_influences_and_no_other(kind):
+    c = small(text_len=3, grid=4, kernel=3)
+    torch.manual_seed(0)
+    block = Attention(c, kind).double()
+    x = torch.randn(1, 19, 8, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: block(x).sum((0, 2)), x)[:, 0]
+    assert torch.equal(jacobian.abs().sum(-1) > 0, attention_mask(kind, 3, 4, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_position_sees_the_future(kind, monkeypatch):
+    monkeypatch.setattr(transformer, "layer_kind", lambda i, n_layer: kind)
+    c = small(n_layer=2)
+    model = build(c).float()
+    text, image = batch(c, 1)
+    with torch.no_grad():
+        before = model(text, image)
+        for i in range(1, c.text_len):  # the token at i is fed at i and predicted at i − 1
+            changed = text.clone()
+            changed[0, i] = (text[0, i] + 1) % c.text_vocab
+            after = model(changed, image)
+            assert torch.equal(before[0][:, :i], after[0][:, :i])
+            assert (before[1] != after[1]).any(-1).all(), "all image positions see all of the text"
+        for k in range(c.grid**2):  # the token of cell k is fed at position k + 1
+            changed = image.clone()
+            changed[0, k] = (image[0, k] + 1) % c.image_vocab
+            after = model(text, changed)
+            assert torch.equal(before[0], after[0])
+            assert torch.equal(before[1][:, : k + 1], after[1][:, : k + 1])
+            assert k == c.grid**2 - 1 or (before[1][:, k + 1] != after[1][:, k + 1]).any()
+
+
+# ---- text, loss, sizes -------------------------------------------------------------------------
+
+
+def test_pad_text():
+    assert pad_text([5, 7, 2], 6, 100).tolist() == [
+        100,
+        5,
+        7,
+        2,
+        104,
+        105,
+    ]  # the caption of Fig. 11
+    assert pad_text([], 3, 100).tolist() == [100, 101, 102]
+    assert pad_text(torch.tensor([1, 2]), 3, 100).tolist() == [100, 1, 2]
+    assert pad_text([1], 3, 100).dtype == torch.long
+    for ids in ([1, 2, 3], [100], [-1], [0.5], [[1]]):
+        with pytest.raises(ValueError):
+            pad_text(ids, 3, 100)
+
+
+def test_pads_are_learned_attended_and_predicted():
+    c = small()
+    model = build(c)
+    text = pad_text([3], c.text_len, c.text_vocab)[None]
+    _, image = batch(c, 1)
+    pads = [c.text_vocab + i for i in range(2, c.text_len)]
+
+    model(text, image)[1].square().sum().backward()  # through the image's logits alone
+    rows = model.text_token.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert rows == [3, c.text_vocab, *pads]
+
+    model.zero_grad()
+    text_logits, _ = model(text, image)
+    assert text_logits.shape == (1, c.text_len - 1, c.text_vocab + c.text_len)
+    loss = F.cross_entropy(text_logits[0], torch.tensor([3, *pads]))
+    torch.testing.assert_close(model.loss(text, image)[1]["text_loss"], loss.detach())
+
+
+def test_loss_weights_one_eighth_and_seven_eighths():
+    c = small()
+    model = build(c)
+    text, image = batch(c, 3)
+    text_logits, image_logits = model(text, image)
+
+    def mean_nats(logits, targets):
+        nats = [
+            math.log(sum(math.exp(z) for z in logits[b, i])) - logits[b, i, targets[b, i]].item()
+            for b in range(targets.shape[0])
+            for i in range(targets.shape[1])
+        ]
+        return sum(nats) / len(nats)
+
+    text_loss = mean_nats(text_logits.detach(), text[:, 1:])
+    image_loss = mean_nats(image_logits.detach(), image)
+    loss, metrics = model.loss(text, image)
+    assert metrics["text_loss"].item() == pytest.approx(text_loss, abs=1e-10)
+    assert metrics["image_loss"].item() == pytest.approx(image_loss, abs=1e-10)
+    assert loss.item() == pytest.approx(text_loss / 8 + 7 * image_loss / 8, abs=1e-10)
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+
+
+def test_logits_are_32_bit_under_autocast():
+    c = small()
+    model = Transformer(c)
+    with torch.autocast("cpu", torch.bfloat16):
+        text_logits, image_logits = model(*batch(c, 2))
+    assert text_logits.dtype == image_logits.dtype == torch.float32
+
+
+def test_the_full_model_has_twelve_billion_weights():
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig())
+    assert model.config.d_model == 3968 and len(model.blocks) == 128
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert matrices == 12_092_178_432
+
+
+def test_initialisation_also_after_meta():
+    c = small(n_layer=8, n_head=4, d_head=16, text_vocab=300, image_vocab=300)
+    with torch.device("meta"):
+        model = Transformer(c)
+    model.to_empty(device="cpu").reset_parameters()
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            assert (p == float(name.endswith("norm.weight"))).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if "out.weight" in name else 0.02
+            assert p.std().item() == pytest.approx(std, rel=6 / math.sqrt(p.numel())), name
+    loss, _ = model.loss(*batch(c, 2))
+    expected = math.log(c.text_vocab + c.text_len) / 8 + math.log(c.image_vocab) * 7 / 8
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "B, repeats", [(1, [1]), (8, [8]), (8, [4, 4]), (8, [3, 5]), (6, [1, 2, 1, 2])]
+)
+@pytest.mark.parametrize("n", [0, 1, 7, 12])
+def test_cached_generation_equals_uncached(B, repeats, n):
+    c = small(grid=4, n_layer=4)
+    model = build(c, seed=B)
+    prompts, image = batch(c, len(repeats), seed=n)
+    text = prompts.repeat_interleave(torch.tensor(repeats), 0)
+    image = image.repeat_interleave(torch.tensor(repeats), 0)
+    u = torch.rand(B, 16, dtype=torch.float64)
+    expected = draw_uncached(model, text, image, n, u)
+    assert torch.equal(model.generate(text, image[:, :n], u), expected)
+
+
+@pytest.mark.parametrize(
+    "T, G, kernel, n_layer", [(1, 1, 1, 1), (2, 2, 11, 2), (3, 3, 5, 3), (4, 6, 3, 3)]
+)
+def test_generation_of_odd_sizes_and_different_prefixes(T, G, kernel, n_layer):
+    c = small(n_layer, T, G, kernel)
+    model = build(c)
+    text, image = batch(c, 3)
+    text[1:] = text[0]
+    u = torch.rand(3, G * G, dtype=torch.float64)
+    for n in {0, 1, G * G // 2, G * G}:
+        expected = draw_uncached(model, text, image, n, u)
+        assert torch.equal(model.generate(text, image[:, :n], u), expected)
+    assert model.loss(text, image)[0].isfinite()
+
+
+def test_candidates_do_not_depend_on_one_another():
+    c = small()
+    model = build(c)
+    text = batch(c, 1)[0].expand(8, -1)
+    u = torch.rand(8, 16, dtype=torch.float64)
+    images = model.generate(text, uniforms=u)
+    assert torch.equal(images[:4], model.generate(text[:4], uniforms=u[:4]))
+    assert torch.equal(images[3:4], model.generate(text[3:4], uniforms=u[3:4]))
+    assert len(images.unique(dim=0)) == 8
+
+
+def test_temperature_top_k_top_p_equal_their_definitions():
+    c = small()
+    model = build(c)
+    text, image = batch(c, 2)
+    u = torch.rand(2, 16, dtype=torch.float64)
+
+    def check(warp, **options):
+        expected = draw_uncached(model, text, image, 0, u, warp)
+        assert torch.equal(model.generate(text, uniforms=u, **options), expected)
+
+    def nucleus(p):
+        order = p.argsort(-1, descending=True)
+        keep = torch.zeros_like(p)
+        for row in range(len(p)):
+            for token in order[row]:
+                if (p[row] * keep[row]).sum() >= 0.7:
+                    break
+                keep[row, token] = 1
+        return p * keep
+
+    check(lambda p: p**2 / (p**2).sum(-1, keepdim=True), temperature=0.5)
+    check(lambda p: p * (p >= p.topk(3).values[:, -1:]), top_k=3)
+    check(nucleus, top_p=0.7)
+    check(lambda p: p, top_k=100, top_p=1.0)
+    greedy = model.generate(text, temperature=0)
+    assert torch.equal(greedy, model.generate(text, top_k=1))
+    assert torch.equal(greedy, model.generate(text, top_p=1e-9))
+    assert torch.equal(
+        greedy, draw_uncached(model, text, image, 0, 0 * u, lambda p: p == p.amax(-1, keepdim=True))
+    )
+
+
+def test_draws_invert_the_distribution_at_its_edges():
+    logits = torch.tensor([[-math.inf, 0.0, math.log(3.0), -math.inf]])
+    just_below_one = 1 - 2**-24  # the largest float32
+    for u, token in [(0.0, 1), (0.249, 1), (0.251, 2), (just_below_one, 2)]:
+        assert sample(logits, torch.tensor([[u]]), 1.0, None, None).item() == token
+    u = ((torch.arange(8000) + 0.5) / 8000)[:, None]
+    counts = sample(logits.expand(8000, -1), u, 1.0, None, None).bincount(minlength=4)
+    assert counts.tolist() == [0, 2000, 6000, 0]
+
+
+def test_default_draws_follow_the_global_generator_and_progress_is_told():
+    c = small()
+    model = Transformer(c)
+    text, image = batch(c, 2)
+    told = []
+    torch.manual_seed(3)
+    first = model.generate(text, image[:, :3], progress=lambda k, t: told.append((k, t.clone())))
+    torch.manual_seed(3)
+    assert torch.equal(first, model.generate(text, image[:, :3]))
+    assert torch.equal(first[:, :3], image[:, :3])
+    assert [k for k, _ in told] == list(range(4, 17))
+    assert all(torch.equal(t[:, :k], first[:, :k]) for k, t in told)
+    model.loss(text, image)[
+        0
+    ].backward()  # nothing that generation cached is in the way of training
+
+
+# ---- bad input, and the demo -------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_with_what_was_expected():
+    c = small()
+    model = Transformer(c)
+    text, image = batch(c, 2)
+    refused = [
+        ("text must be", lambda: model(text[:, :-1], image)),
+        ("text must be", lambda: model(text[0], image)),
+        ("text must be", lambda: model(text.int(), image)),
+        ("text must be in 0 to 24, got .* to 25", lambda: model(text * 0 + 25, image)),
+        ("image must be .*16.*15", lambda: model(text, image[:, :-1])),
+        ("image must be", lambda: model.loss(text, image.float())),
+        ("image must be in 0 to 12, got 13 to 13", lambda: model.loss(text, image * 0 + 13)),
+        ("image must be in", lambda: model(text, image - 14)),
+        ("an image for each text, got 1 for 2", lambda: model(text, image[:1])),
+        ("text must be", lambda: model.generate(text[:0])),
+        ("prefix must be", lambda: model.generate(text, torch.zeros(2, 17, dtype=torch.long))),
+        ("prefix must be", lambda: model.generate(text, image[:1, :3])),
+        ("prefix must be", lambda: model.generate(text, image[:, :3] * 0 + 13)),
+        ("uniforms must be", lambda: model.generate(text, uniforms=torch.ones(2, 16))),
+        ("uniforms must be", lambda: model.generate(text, uniforms=torch.zeros(2, 15))),
+        ("temperature", lambda: model.generate(text, temperature=-1)),
+        ("top_k", lambda: model.generate(text, top_k=0)),
+        ("top_p", lambda: model.generate(text, top_p=0.0)),
+        ("top_p", lambda: model.generate(text, top_p=1.5)),
+        ("odd", lambda: small(kernel=4)),
+        ("grid", lambda: small(grid=0)),
+        ("layers", lambda: layer_kind(0, 4)),
+        ("kind", lambda: attention_mask("dense", 2, 2)),
+    ]
+    for message, call in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_demo_draws_figure_11_and_counts(tmp_path):
+    command = [sys.executable, transformer.__file__, "-o", str(tmp_path / "masks.png")]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "12,092,178,432" in text and "row column row row" in text
+    assert Image.open(tmp_path / "masks.png").size > (700, 700)
