@@ -71,7 +71,7 @@ UNSEEN_PAIRS = {
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
 SPLITS = ("train", "val", "unseen")
-SENSOR_NOISE = 0.03  # standard deviation, in units of the full range
+SENSOR_NOISE = 0.05  # standard deviation, in units of the full range
 
 
 @dataclass
@@ -111,9 +111,9 @@ def toy_scene(index: int, split: str) -> Scene:
             pairs = sorted(UNSEEN_PAIRS) if k == 0 else PAIRS
         color, shape = rng.choice(pairs)
         size = rng.choice(list(SIZES))
-        radius = SIZES[size] * rng.uniform(0.97, 1.03) * (0.85 if relation else 1)
+        radius = SIZES[size] * rng.uniform(0.98, 1.02) * (0.85 if relation else 1)
         things.append(
-            Thing(color, shape, size, x + rng.gauss(0, 0.012), y + rng.gauss(0, 0.012), radius)
+            Thing(color, shape, size, x + rng.gauss(0, 0.006), y + rng.gauss(0, 0.006), radius)
         )
     background = rng.choice(list(BACKGROUNDS))
     light = rng.uniform(0.92, 1.08)

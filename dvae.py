@@ -10,18 +10,23 @@ What is not here: the training loop (train_dvae.py) and the prior over the codes
 uniform in this stage.
 
     python dvae.py               # the table of layers; writes logit_laplace.png
+    python dvae.py PHOTO         # writes the photo beside its reconstruction
 """
 
 import argparse
+import io
 import math
+import pickle
+import re
 import sys
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 
@@ -252,7 +257,11 @@ class DVAE(nn.Module):
             raise ValueError(f"expected a temperature tau > 0, got {tau}")
         x = map_pixels(images)
         logits = self.encoder(x)
-        z = F.gumbel_softmax(logits, tau, hard=hard, dim=1)
+        gumbel = -torch.log(-torch.log(torch.rand_like(logits)))
+        if hard:  # the largest of logits + gumbel is distributed as q
+            z = self.one_hot((logits + gumbel).argmax(1))
+        else:
+            z = F.softmax((logits + gumbel) / tau, dim=1)
         mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
         recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
         ln_q = F.log_softmax(logits, dim=1)
@@ -299,11 +308,146 @@ def load_dvae(path: str | Path) -> DVAE:
     return model.eval().to(memory_format=torch.channels_last)
 
 
+# ----------------------------------------------------------------------------- OpenAI's weights
+
+RELEASED_CLASSES = (
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+
+
+class Shell:
+    """What a class of the release becomes: its attributes, none of its code."""
+
+    def parameters(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        found = {prefix + name: p for name, p in self._parameters.items() if p is not None}
+        for name, module in self._modules.items():
+            found |= module.parameters(f"{prefix}{name}.")
+        return found
+
+
+def view_of(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
+    return storage.as_strided(size, stride, offset)
+
+
+# Every name that such a file may use, and what is called or built in its place.
+ALLOWED = dict.fromkeys(RELEASED_CLASSES, Shell) | {
+    "__builtin__.set": set,
+    "builtins.set": set,
+    "collections.OrderedDict": OrderedDict,
+    "torch.device": torch.device,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch._utils._rebuild_tensor_v2": view_of,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+}
+
+
+class Reader(pickle.Unpickler):
+    """Unpickles tensors, plain data and shells; any other name in the file is refused."""
+
+    def __init__(self, file: io.BytesIO, most_bytes: int):
+        super().__init__(file)
+        self.most_bytes = most_bytes
+        self.storages: dict[str, torch.Tensor] = {}  # allocated here, filled in later
+
+    def find_class(self, module: str, name: str):
+        if f"{module}.{name}" not in ALLOWED:
+            raise ValueError(f"it names {module}.{name}, which no such file needs")
+        return ALLOWED[f"{module}.{name}"]
+
+    def persistent_load(self, key: tuple):
+        if key[0] == "module":  # a class and its source, before PyTorch 1.6
+            return key[1]
+        _, dtype, name, _, numel, *_ = key
+        if name not in self.storages:
+            if numel * dtype.itemsize > self.most_bytes:
+                raise ValueError(f"it has {numel} numbers in one tensor, more than its size")
+            self.storages[name] = torch.empty(numel, dtype=dtype)
+        return self.storages[name]
+
+
+def read_released(path: str | Path) -> dict[str, torch.Tensor]:
+    """The parameters of a pickled module of the release, float32 on the CPU, by name.
+
+    Reads both of PyTorch's formats, the zip archive and what came before version 1.6: four
+    pickles and the storages. ValueError where the file is something else.
+    """
+    data = Path(path).read_bytes()
+    file = io.BytesIO(data)
+    try:
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            root = archive.namelist()[0].split("/")[0]
+            reader = Reader(io.BytesIO(archive.read(f"{root}/data.pkl")), len(data))
+            module = reader.load()
+            for name, storage in reader.storages.items():
+                if archive.getinfo(f"{root}/data/{name}").file_size != storage.nbytes:
+                    raise ValueError(f"its tensor {name} has another size than it says")
+                content = bytearray(archive.read(f"{root}/data/{name}"))
+                storage.copy_(torch.frombuffer(content, dtype=storage.dtype))
+        else:
+            file.seek(0)
+            for _ in range(3):  # a magic number, a version, the machine it was written on
+                Reader(file, 0).load()
+            reader = Reader(file, len(data))
+            module = reader.load()
+            for name in Reader(file, 0).load():
+                storage = reader.storages[name]
+                content = bytearray(file.read(8 + storage.nbytes)[8:])  # after its length
+                storage.copy_(torch.frombuffer(content, dtype=storage.dtype))
+        return {name: p.float() for name, p in module.parameters().items()}
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is not one of OpenAI's encoder.pkl and decoder.pkl ({reason})"
+        ) from error
+
+
+def load_openai(encoder_path: str | Path, decoder_path: str | Path) -> DVAE:
+    """OpenAI's released encoder.pkl and decoder.pkl as a DVAE on the CPU.
+
+    The files are pickles of whole modules from the package `dall_e`, which is not needed, nor is
+    any code of it run. The sizes are read off the parameters. ValueError for any other file.
+    """
+    halves = {"encoder": read_released(encoder_path), "decoder": read_released(decoder_path)}
+    try:
+        encoder, decoder = halves["encoder"], halves["decoder"]
+        config = DVAEConfig(
+            n_hid=encoder["blocks.input.w"].shape[0],
+            n_init=decoder["blocks.input.w"].shape[0],
+            n_groups=len({name.split(".")[1] for name in encoder if ".group_" in name}),
+            blocks_per_group=sum(
+                bool(re.fullmatch(r"blocks\.group_1\.block_\d+\.res_path\.conv_1\.w", name))
+                for name in encoder
+            ),
+            vocab_size=encoder["blocks.output.conv.w"].shape[0],
+        )
+        with torch.device("meta"):
+            model = DVAE(config)
+        for name, parameters in halves.items():
+            getattr(model, name).load_state_dict(parameters, assign=True)
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{encoder_path} and {decoder_path} do not have the released layout ({reason})"
+        ) from error
+    return model.eval().to(memory_format=torch.channels_last)
+
+
 # ----------------------------------------------------------------------------- python dvae.py
 
 
-def layer_table(half: nn.Module, x: torch.Tensor) -> int:
-    """Print the name, output shape and parameters of each layer of `half` on x; their sum."""
+def print_layers(half: nn.Module, x: torch.Tensor) -> None:
+    """The name, output shape and number of parameters of each layer of `half` on x."""
     print(f"{type(half).__name__:<28}{'output':<22}{'parameters':>12}")
     total = 0
     for name, group in half.blocks.named_children():
@@ -315,12 +459,11 @@ def layer_table(half: nn.Module, x: torch.Tensor) -> int:
             label = f"{name}.{part}".rstrip(".")
             print(f"{label:<28}{' × '.join(map(str, x.shape[1:])):<22}{count:>12,}")
     print(f"{'':<50}{total:>12,}\n")
-    return total
 
 
 def draw_logit_laplace(path: str) -> None:
     """The density of Eq. 2 over (0, 1) for a few mu and b, as a PNG."""
-    width, height, margin, top = 640, 360, 40, 6.0
+    width, height, margin, top = 640, 360, 40, 4.0
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
     x = torch.linspace(1e-3, 1 - 1e-3, 1000)
@@ -329,16 +472,16 @@ def draw_logit_laplace(path: str) -> None:
     def at(u: float, f: float) -> tuple[float, float]:
         return left + u * (right - left), bottom - min(f, top) / top * (bottom - 10)
 
-    curves = (
+    curves = [
         (0.0, 1.0, "#3f72b5"),
-        (0.0, 0.25, "#3d9a62"),
-        (1.5, 0.5, "#c2553d"),
-        (-1.5, 2.0, "#7a55a8"),
-    )
+        (0.0, 0.5, "#3d9a62"),
+        (-1.2, 0.6, "#c2553d"),
+        (1.2, 2.0, "#7a55a8"),
+    ]
     for k, (mu, b, color) in enumerate(curves):
         f = logit_laplace_log_prob(x, torch.tensor(mu), torch.tensor(math.log(b))).exp()
         pen.line([at(u, v) for u, v in zip(x.tolist(), f.tolist())], color, 2)
-        pen.text((right - 120, 14 + 16 * k), f"mu = {mu:g}, b = {b:g}", color)
+        pen.text((right - 220, 14 + 16 * k), f"mu = {mu:g}, b = {b:g}", color)
     for edge in (EPS, 1 - EPS):  # where phi puts black and white
         pen.line([at(edge, 0), at(edge, top)], "#bbbbbb")
         pen.text((at(edge, 0)[0] - 8, bottom + 4), f"{edge:g}", "black")
@@ -346,22 +489,51 @@ def draw_logit_laplace(path: str) -> None:
     pen.text((left, height - 18), "x in (0, 1); grey: phi(0) and phi(255) of Eq. 3", "black")
     pen.text((4, 10), f"{top:g}", "black")
     picture.save(path)
+    print(f"{path}: the logit-Laplace density of Eq. 2")
+
+
+def draw_beside_reconstruction(photo: str, model: DVAE, path: str) -> None:
+    """A picture, cut to whole grid cells, beside what its tokens decode to."""
+    with Image.open(photo) as img:
+        img = ImageOps.exif_transpose(img).convert("RGB")
+    f = model.config.factor
+    width, height = img.width // f * f, img.height // f * f
+    data = bytearray(img.crop((0, 0, width, height)).tobytes())
+    pixels = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
+    images = pixels.permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        tokens = model.encode(images)
+        decoded = model.decode(tokens)
+    psnr = -10 * torch.log10((decoded - images).square().mean()).item()
+    both = torch.cat([images, decoded], dim=3)[0].permute(1, 2, 0).mul(255).round()
+    Image.fromarray(both.to(torch.uint8).numpy()).save(path)
+    h, w = tokens.shape[1:]
+    print(f"{path}: {width} × {height} pixels beside {h} × {w} tokens decoded, {psnr:.1f} dB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The layers of the paper's dVAE, and Eq. 2.")
-    parser.add_argument("-o", "--out", default="logit_laplace.png", metavar="FILE")
+    parser = argparse.ArgumentParser(
+        description="The layers of the paper's dVAE and Eq. 2; or a photo and its reconstruction."
+    )
+    parser.add_argument("photo", nargs="?", help="a picture to encode and decode")
+    parser.add_argument("--openai", nargs=2, metavar=("ENC", "DEC"), help="the released files")
+    parser.add_argument("--run-dir", metavar="DIR", default="pretrained/tiny", type=Path)
+    parser.add_argument("-o", "--out", metavar="FILE", help="default: named after what it shows")
     args = parser.parse_args()
-    config = DVAEConfig()
-    with torch.device("meta"):
-        layer_table(Encoder(config), torch.empty(1, 3, 256, 256))
-        layer_table(Decoder(config), torch.empty(1, config.vocab_size, 32, 32))
     try:
-        draw_logit_laplace(args.out)
+        if args.photo:
+            released = args.openai and load_openai(*args.openai)
+            model = released or load_dvae(args.run_dir / "dvae.pt")
+            draw_beside_reconstruction(args.photo, model, args.out or "reconstruction.png")
+            return
+        config = DVAEConfig()
+        with torch.device("meta"):
+            print_layers(Encoder(config), torch.empty(1, 3, 256, 256))
+            print_layers(Decoder(config), torch.empty(1, config.vocab_size, 32, 32))
+        draw_logit_laplace(args.out or "logit_laplace.png")
     except (OSError, ValueError) as error:
-        print(f"dvae.py: cannot write {args.out}: {error}", file=sys.stderr)
+        print(f"dvae.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: the logit-Laplace density of Eq. 2")
 
 
 if __name__ == "__main__":

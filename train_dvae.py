@@ -49,8 +49,8 @@ class DVAETraining:
 
 PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
-                 image_size=32, batch_size=32, steps=9000, lr=2e-3, lr_end=1e-4, lr_steps=9000,
-                 warmup_steps=100, ema=0.995, kl_weight=2.0, kl_steps=900, tau_steps=6000),
+                 image_size=32, batch_size=16, steps=16_000, lr=3e-3, lr_end=1e-4, lr_steps=16_000,
+                 warmup_steps=200, ema=0.995, kl_weight=1.0, kl_steps=1600, tau_steps=13_000),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
                   lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000,
