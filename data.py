@@ -3,9 +3,9 @@ Pictures and captions: the toy world, folders of images, and the paper's augment
 
 The toy world is an endless set of small rendered scenes, "a red cube to the left of a blue
 sphere", with the light, soft gradients and sensor noise of a photograph. It needs no download,
-and everything in it is known, so that a model trained on it can be judged exactly. A twelfth or
-so of the colour-shape pairs never appears in training: they test what the paper calls
-combining unusual concepts (3.3).
+and everything in it is known, so that a model trained on it can be judged exactly. An eighth
+of the colour-shape pairs never appears in training: they test whether a model combines what it
+knows from elsewhere (3.3).
 
 An image is a PIL image until an augmentation turns it into uint8 [size, size, 3]; a batch of
 those becomes float [B, 3, H, W] in [0, 1] in the trainer. Every function that draws at random
@@ -15,6 +15,7 @@ takes the generator it draws from.
 """
 
 import argparse
+import copy
 import random
 import sys
 import textwrap
@@ -148,6 +149,10 @@ def shade(color, k: float) -> tuple[int, int, int]:
     return tuple(int(c + (255 - c) * (k - 1)) for c in color)
 
 
+# the light on ten strips of a round body: (left edge of the strip in [-1, 1), brightness)
+SIDE_LIGHT = [(i / 5 - 1, 1.22 - 0.82 * abs((i + 0.5) / 10 - 0.28) ** 0.9) for i in range(10)]
+
+
 def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
     """Draw one solid, lit from the upper left, on a canvas of `side` pixels."""
     color, r = COLORS[thing.color], thing.radius * side
@@ -160,8 +165,6 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
         box = (cx + r * (x - rx), cy + r * (y - ry), cx + r * (x + rx), cy + r * (y + ry))
         draw.ellipse(box, fill=shade(color, k))
 
-    # side light on a round body, from its left edge to its right edge
-    strips = [(i / 5 - 1, 1.22 - 0.82 * abs((i + 0.5) / 10 - 0.28) ** 0.9) for i in range(10)]
     if thing.shape == "sphere":
         for i in range(8):
             t = i / 7
@@ -171,13 +174,13 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
         draw.polygon(at((-0.9, -0.55), (0, -0.1), (0, 1), (-0.9, 0.55)), shade(color, 0.95))
         draw.polygon(at((0.9, -0.55), (0, -0.1), (0, 1), (0.9, 0.55)), shade(color, 0.52))
     elif thing.shape == "cylinder":
-        for x, k in strips:
+        for x, k in SIDE_LIGHT:
             bottom = 0.72 + 0.24 * (1 - (x + 0.1) ** 2) ** 0.5
             x0, x1 = 0.72 * x, 0.72 * (x + 0.2)
             draw.polygon(at((x0, -0.7), (x1, -0.7), (x1, bottom), (x0, bottom)), shade(color, k))
         disc(0, -0.7, 0.72, 0.26, 1.45)
     elif thing.shape == "cone":
-        for x, k in strips:
+        for x, k in SIDE_LIGHT:
             bottom = 0.62 + 0.3 * (1 - (x + 0.1) ** 2) ** 0.5
             x0, x1 = 0.88 * x, 0.88 * (x + 0.2)
             draw.polygon(at((0, -1.05), (x1, bottom), (x0, bottom)), shade(color, k))
@@ -263,7 +266,7 @@ class Folder:
 
     def __init__(self, path: Path, captions: bool):
         if not path.is_dir():
-            raise ValueError(f"data folder {path} does not exist: give a folder of images, or toy")
+            raise ValueError(f"data {path} is not a folder: give a folder of images, or toy")
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             kinds = " ".join(IMAGE_SUFFIXES)
@@ -281,14 +284,15 @@ class Folder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         path = self.files[index]
-        captions = self.captions_of(index) if self.captions else []
+        try:
+            captions = self.captions_of(index) if self.captions else []
+            with Image.open(path) as img:
+                img = ImageOps.exif_transpose(img).convert("RGB")
+        except Exception as error:  # whatever a damaged file makes Pillow raise
+            raise ValueError(f"{path} cannot be read ({error})") from error
         if self.captions and not captions:
             raise ValueError(f"{path.with_suffix('.txt')} holds no caption")
-        try:
-            with Image.open(path) as img:
-                return ImageOps.exif_transpose(img).convert("RGB"), captions
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image ({error})") from error
+        return img, captions
 
     def captions_of(self, index: int) -> list[str]:
         text = self.files[index].with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
@@ -301,12 +305,9 @@ def split_folder(folder: Folder) -> tuple[Folder, Folder]:
         raise ValueError(f"{folder.name} holds 1 usable image: at least 2 are needed")
     ranked = sorted(folder.files, key=lambda p: zlib.crc32(p.name.encode(errors="replace")))
     n_val = max(1, round(HELD_OUT * len(ranked)))
-    halves = []
-    for files in (ranked[n_val:], ranked[:n_val]):
-        half = Folder.__new__(Folder)
-        half.name, half.captions, half.files = folder.name, folder.captions, sorted(files)
-        halves.append(half)
-    return halves[0], halves[1]
+    train, val = copy.copy(folder), copy.copy(folder)
+    train.files, val.files = sorted(ranked[n_val:]), sorted(ranked[:n_val])
+    return train, val
 
 
 def open_dataset(
@@ -334,18 +335,19 @@ def open_dataset(
 # ----------------------------------------------------------------------------- augmentation
 
 
-def enlarge(img: Image.Image, size: int) -> Image.Image:
-    """Our reading: an image whose short side is under the target, where the paper's listings
-    would fail, is first enlarged to it."""
+def crop_square(img: Image.Image, x: int, y: int, size: int) -> Image.Image:
+    """The square at (x, y) whose side is the image's short side, at least `size` pixels wide.
+
+    Our reading: a smaller image, where the paper's listings would fail, is enlarged (bicubic).
+    """
     s = min(img.size)
-    if s >= size:
-        return img
-    width, height = (max(size, round(side * size / s)) for side in img.size)
-    return img.resize((width, height), Image.Resampling.BICUBIC)
+    img = img.crop((x, y, x + s, y + s))
+    return img if s >= size else img.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def crop_square(img: Image.Image, x: int, y: int, side: int) -> Image.Image:
-    return img.crop((x, y, x + side, y + side))
+def crop(img: Image.Image, size: int, rng: random.Random) -> Image.Image:
+    x, y = rng.randint(0, img.width - size), rng.randint(0, img.height - size)
+    return img.crop((x, y, x + size, y + size))
 
 
 def area_resize(img: Image.Image, t: int) -> Image.Image:
@@ -355,12 +357,11 @@ def area_resize(img: Image.Image, t: int) -> Image.Image:
 
 def preprocess_dvae(img: Image.Image, size: int, rng: random.Random) -> np.ndarray:
     """Listing 1, for the dVAE: uint8 [size, size, 3]."""
-    img = enlarge(img, size)
     s = min(img.size)
-    img = crop_square(img, rng.randint(0, img.width - s), rng.randint(0, img.height - s), s)
+    img = crop_square(img, rng.randint(0, img.width - s), rng.randint(0, img.height - s), size)
+    s = img.width
     t = rng.randint(min(s, round(9 / 8 * size)), min(s, round(12 / 8 * size)))
-    img = area_resize(img, t)
-    img = crop_square(img, rng.randint(0, t - size), rng.randint(0, t - size), size)
+    img = crop(area_resize(img, t), size, rng)
     if rng.random() < 0.5:
         img = ImageOps.mirror(img)
     return np.asarray(img)
@@ -372,17 +373,13 @@ def preprocess_prior(img: Image.Image, size: int, rng: random.Random) -> np.ndar
     The square is cut from the middle quarter of the long side's slack, the scale varies less
     than in Listing 1, and nothing is mirrored, since an image may contain text.
     """
-    img = enlarge(img, size)
-    s = min(img.size)
-    slack = max(img.size) - s
+    slack = max(img.size) - min(img.size)
     first = 3 * slack // 8
     offset = rng.randrange(first, max(first + 1, 5 * slack // 8))
     x, y = (offset, 0) if img.width > img.height else (0, offset)
-    img = crop_square(img, x, y, s)
-    img = area_resize(img, rng.randint(size, min(s, round(9 / 8 * size))))
-    t = img.width
-    img = crop_square(img, rng.randint(0, t - size), rng.randint(0, t - size), size)
-    return np.asarray(img)
+    img = crop_square(img, x, y, size)
+    img = area_resize(img, rng.randint(size, min(img.width, round(9 / 8 * size))))
+    return np.asarray(crop(img, size, rng))
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -392,7 +389,7 @@ def sheet(
     rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, scale: int = 1
 ) -> Image.Image:
     """Rows of equal-sized uint8 [H, W, 3] images as one picture, each enlarged `scale` times,
-    each with its caption below it where there are captions."""
+    each with its caption below it where there are captions. The first row is the longest."""
     height, width = rows[0][0].shape[:2]
     line = 11
     cell_w, cell_h = width * scale + 4, height * scale + 4

@@ -214,7 +214,7 @@ class DVAE(nn.Module):
         return self.encoder(map_pixels(images)).argmax(1)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Images of tokens [B, h, w]: the mode of each pixel's distribution, ln b ignored (A.3)."""
+        """Images of tokens [B, h, w]: phi^-1(sigmoid(mu)), ln b ignored (A.3)."""
         mu = self.decoder(self.one_hot(tokens))[:, :3]
         return unmap_pixels(torch.sigmoid(mu))
 
@@ -498,6 +498,10 @@ def draw_beside_reconstruction(photo: str, model: DVAE, path: str) -> None:
         img = ImageOps.exif_transpose(img).convert("RGB")
     f = model.config.factor
     width, height = img.width // f * f, img.height // f * f
+    if not width or not height:
+        raise ValueError(
+            f"{photo} is {img.width} × {img.height} pixels; expected at least {f} × {f}"
+        )
     data = bytearray(img.crop((0, 0, width, height)).tobytes())
     pixels = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
     images = pixels.permute(0, 3, 1, 2) / 255
@@ -531,7 +535,7 @@ def main() -> None:
             print_layers(Encoder(config), torch.empty(1, 3, 256, 256))
             print_layers(Decoder(config), torch.empty(1, config.vocab_size, 32, 32))
         draw_logit_laplace(args.out or "logit_laplace.png")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         print(f"dvae.py: {error}", file=sys.stderr)
         sys.exit(2)
 

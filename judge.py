@@ -8,12 +8,9 @@ of colour and shape and of pairs that no training picture or caption held (3.3).
 
     python judge.py                        # the newest run, else pretrained/tiny
     python judge.py --run-dir runs/tiny --prompts 200
-
-The judge itself is kept in runs/judge.pt.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +21,11 @@ from tqdm import tqdm
 
 from data import COLORS, SHAPES, Scene, render, toy_scene, toy_world
 from sample import draws, encode_prompt, find_run, load_run
+from training import door, fail
 
 SIZE = 32  # pixels, of the toy world the judge knows
-FRESH = 10**9  # no model trains on toy pictures this far out
-STEPS, BATCH = 1500, 64
+FRESH = 10**12  # no model trains on toy pictures this far out
+STEPS, BATCH = 600, 64
 
 
 def single_objects(split: str, first: int) -> Iterator[tuple[int, Scene]]:
@@ -147,35 +145,30 @@ def main() -> None:
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = fail
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
-    try:
+    with door():
         run = load_run(run_dir, "cpu")
-        if run[1].config.factor * run[2].config.grid != SIZE:
-            raise ValueError(f"{run_dir} draws other sizes than {SIZE} × {SIZE} pixels")
-    except (ValueError, OSError) as error:
-        print(f"judge.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    judge, path = Judge(), Path("runs/judge.pt")
-    if path.exists():
-        judge.load_state_dict(torch.load(path, weights_only=True))
-        judge.eval()
-    else:
+        if run[1].config.factor * run[2].config.grid != SIZE or args.prompts < 1:
+            raise ValueError(
+                f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more"
+            )
         judge = train_judge()
-        path.parent.mkdir(exist_ok=True)
-        torch.save(judge.state_dict(), path)
-    color, shape = right(judge, *batch_of(renders(2 * FRESH), 2000))
-    print(f"judge: {(color & shape).float().mean():.2%} right on 2000 renders it has not seen")
-    psnr, codes = judge_dvae(run[1])
-    total = run[1].config.vocab_size
-    print(f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, {codes} of {total} codes in use")
-    for split in ("val", "unseen"):
-        color, shape, both = judge_prompts(judge, run, split, args.prompts, args.seed)
-        kind = "seen" if split == "val" else "unseen"
+        color, shape = right(judge, *batch_of(renders(2 * FRESH), 2000))
+        sure = (color & shape).float().mean()
+        print(f"judge: {sure:.2%} right on 2000 renders it has not seen")
+        psnr, codes = judge_dvae(run[1])
         print(
-            f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
-            f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
+            f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "
+            f"{codes} of {run[1].config.vocab_size} codes in use"
         )
+        for kind, split in (("seen", "val"), ("unseen", "unseen")):
+            color, shape, both = judge_prompts(judge, run, split, args.prompts, args.seed)
+            print(
+                f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
+                f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
+            )
 
 
 if __name__ == "__main__":

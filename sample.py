@@ -12,7 +12,6 @@ dvae.pt and prior.pt, else the one shipped in pretrained/tiny. In Python:
 """
 
 import argparse
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from bpe import BPE
 from dvae import DVAE, load_dvae
+from training import fail, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
@@ -30,9 +30,7 @@ SHIPPED = Path(__file__).resolve().parent / "pretrained/tiny"
 
 def find_run() -> Path:
     """The newest directory under runs/ that holds all three files, else the shipped one."""
-    runs = [prior.parent for prior in Path("runs").glob("*/prior.pt")]
-    whole = [run for run in runs if all((run / name).is_file() for name in FILES)]
-    return max(whole, key=lambda run: (run / "prior.pt").stat().st_mtime, default=SHIPPED)
+    return newest_run("prior.pt", "dvae.pt", "bpe.json") or SHIPPED
 
 
 @lru_cache(maxsize=1)
@@ -81,19 +79,6 @@ def draws(seed: int, candidates: range, n: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def pick_device(name: str | None) -> str:
-    """The named device, or the best one there. ValueError for one that is not there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    name = name or there[0]
-    if name.split(":")[0] not in there:
-        raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
-    return name
-
-
 @torch.inference_mode()
 def draw(
     prompt: str,
@@ -113,7 +98,7 @@ def draw(
     """
     if candidates < 1 or batch_size < 1:
         raise ValueError(f"candidates and batch_size are {candidates}, {batch_size}; expected >= 1")
-    bpe, dvae, prior = load_run(Path(run_dir or find_run()), pick_device(device))
+    bpe, dvae, prior = load_run(Path(run_dir or find_run()), str(pick_device(device)))
     text = encode_prompt(prompt, bpe, prior).to(prior.text_token.weight.device)
     grid = prior.config.grid
     images = []
@@ -162,9 +147,10 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, help="draw among the likeliest, to this mass")
     parser.add_argument("--batch-size", type=int, default=16, help="candidates drawn at once")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best one there")
+    parser.error = fail
     args = parser.parse_args()
     try:
-        if args.out.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(args.out.suffix.lower()) not in Image.SAVE:
             raise ValueError(f"--out {args.out}: expected the name of a picture, such as cube.png")
         if not args.out.absolute().parent.is_dir():
             raise ValueError(f"--out {args.out}: the folder {args.out.parent} does not exist")
@@ -176,10 +162,9 @@ def main() -> None:
         )  # fmt: skip
         contact_sheet(images).save(args.out)
     except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        fail("stopped", 130)
     print(f"{args.out}: {args.prompt!r}, {len(images)} drawn with seed {args.seed}")
 
 

@@ -11,6 +11,7 @@ that --resume needs; log.jsonl; dvae.png, originals over reconstructions.
 import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,11 +47,16 @@ class DVAETraining:
     log_every: int = 50
     eval_every: int = 500
 
+    def __post_init__(self) -> None:
+        training.check_ranges(self)
+        if not (self.tau_start > 0 and self.tau_end > 0):
+            raise ValueError(f"tau goes from {self.tau_start} to {self.tau_end}; expected above 0")
+
 
 PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
-                 image_size=32, batch_size=16, steps=16_000, lr=3e-3, lr_end=1e-4, lr_steps=16_000,
-                 warmup_steps=200, ema=0.995, kl_weight=1.0, kl_steps=1600, tau_steps=13_000),
+                 image_size=32, batch_size=16, steps=11_000, lr=3e-3, lr_end=5e-5, lr_steps=11_000,
+                 warmup_steps=200, ema=0.998, kl_weight=0.8, kl_steps=1100, tau_steps=8300),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
                   lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000,
@@ -97,8 +103,7 @@ def draw_reconstructions(model: DVAE, images: torch.Tensor, path) -> None:
     decoded = decoded.to("cpu", torch.uint8).numpy()
     rows = []
     for k in range(0, len(images), 8):
-        padding = [np.full_like(decoded[0], 255)] * (8 - len(images[k : k + 8]))
-        rows += [[*images[k : k + 8].numpy(), *padding], [*decoded[k : k + 8], *padding]]
+        rows += [list(images[k : k + 8].numpy()), list(decoded[k : k + 8])]
     sheet(rows, scale=max(1, 128 // images.shape[1])).save(path)
 
 
@@ -118,16 +123,26 @@ def main() -> None:
         spec = args.data or "toy"
         train, val = open_dataset(spec, hp.image_size, args.val, captions=False)
         prepare_image = partial(prepare, size=hp.image_size)
-        images = training.held_out(training.Samples(val, prepare_image, seed=0), 512)[0]
-        run_dir = args.run_dir or training.Path("runs") / preset
-        run_dir.mkdir(parents=True, exist_ok=True)
-        state = training.load_state(run_dir / "dvae_state.pt", args.resume, world)
+        samples = training.Samples(train, prepare_image, args.seed)
+        images = training.held_out(training.Samples(val, prepare_image, 0), 512, world)[0]
+        run_dir = args.run_dir or Path("runs") / preset
+        state_path = run_dir / "dvae_state.pt"
+        run = {**asdict(hp), "data": spec, "seed": args.seed}
+        state = training.load_state(state_path, run, args.resume, world)
         if state:
-            path = run_dir / "dvae_state.pt"
-            training.check_config(path, DVAEConfig(**state["config"]), config)
+            training.check_config(state_path, DVAEConfig(**state["config"]), config)
         if args.init_from:
             model = load_dvae(args.init_from)
             training.check_config(args.init_from, model.config, config)
+        world.wait()  # until every rank has read what is now moved away
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not state:
+                training.set_aside(
+                    run_dir, "dvae.pt", "dvae_state.pt", "bpe.json", "prior.pt", "prior_state.pt"
+                )
+
+    # ---- model and optimizer
     if not args.init_from:
         torch.manual_seed(args.seed)
         model = DVAE(config)
@@ -142,11 +157,9 @@ def main() -> None:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    if world.is_main and not state:
-        training.set_aside(run_dir, "dvae.pt", "dvae_state.pt", "prior.pt", "prior_state.pt")
     log = training.Log(run_dir, "dvae", start, world)
     batches = training.micro_batches(
-        training.Samples(train, prepare_image, args.seed),
+        samples,
         world, start, hp.steps, hp.batch_size, micro_batch, args.workers,
     )  # fmt: skip
     accumulate = hp.batch_size // (micro_batch * world.size)
@@ -166,12 +179,13 @@ def main() -> None:
         training.save(run_dir / "dvae.pt", about | weights)
         state = {
             "config": asdict(config),
+            "run": run,
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
         }
-        training.save(run_dir / "dvae_state.pt", state)
+        training.save(state_path, state)
 
     # ---- the loop
     interrupt = training.Interrupt(world)
@@ -196,23 +210,26 @@ def main() -> None:
         optimizer.zero_grad()
         average.update_parameters(model)
 
-        # ---- log, look, save
+        # ---- log, save, look
         done = step + 1
         progress.step(done)
         stop = interrupt.agreed()
-        if done % hp.log_every == 0 or done == hp.steps:
+        save_now = done % hp.eval_every == 0 or done == hp.steps or stop
+        if done % hp.log_every == 0 or save_now:
             values = progress.take()
+            progress.check(values, done)
             log.write(done, **values, lr=lr, kl_weight=kl_weight, tau=tau)
-        if done % hp.eval_every == 0 or done == hp.steps or stop:
-            if world.is_main:
-                scores = evaluate(average.module, images, micro_batch, tau)
-                log.write(done, **scores)
-                progress.show(**scores)
-                draw_reconstructions(average.module, images, run_dir / "dvae.png")
+        if save_now and world.is_main:
+            with progress.paused():
                 save(done)
-            progress.restart_clock()
+                if not stop:
+                    scores = evaluate(average.module, images, micro_batch, tau)
+                    log.write(done, **scores)
+                    progress.show(**scores)
+                    draw_reconstructions(average.module, images, run_dir / "dvae.png")
         if stop:
             progress.close()
+            training.leave(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     training.announce(

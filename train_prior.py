@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,11 +56,14 @@ class PriorTraining:
     log_every: int = 50
     eval_every: int = 500
 
+    def __post_init__(self) -> None:
+        training.check_ranges(self)
+
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, d_head=32, text_len=24, text_vocab=512, kernel=5,
-                 batch_size=64, steps=3600, lr=2e-3, warmup_steps=100, plateau_steps=150,
-                 plateau_threshold=0.01, ema_every=5, ema=0.95, bpe_captions=20_000),
+                 batch_size=32, steps=4200, lr=2e-3, warmup_steps=100, plateau_steps=300,
+                 plateau_threshold=0.025, ema=0.97, ema_every=5, bpe_captions=20_000),
     "small": dict(n_layer=12, n_head=8, d_head=64, text_len=64, text_vocab=4096, kernel=5,
                   batch_size=128, steps=30_000, lr=1e-3, warmup_steps=500, plateau_steps=1000,
                   plateau_threshold=0.005, bpe_captions=100_000),
@@ -74,6 +78,31 @@ def prepare(img, captions, rng, size: int, bpe: BPE, text_len: int, dropout: flo
     ids = bpe.encode(rng.choice(captions), dropout, rng)
     text = pad_text(ids[: text_len - 1], text_len, bpe.vocab_size)
     return [pixels, text, torch.tensor(len(ids) > text_len - 1)]
+
+
+def find_bpe(run_dir: Path, args, hp, config, train, world) -> tuple[BPE, str]:
+    """The BPE of the run, or of the weights to fine-tune, or one trained on the captions; and a
+    word on where it is from."""
+    paths = [run_dir / "bpe.json"]
+    if args.init_from:
+        paths.append(args.init_from.parent / "bpe.json")
+    for path in paths:
+        if path.exists():
+            return BPE.load(path), f"BPE {path}"
+    captions = captions_of(train, hp.bpe_captions)
+    merges = world.share(lambda: BPE.train(captions, config.text_vocab).merges)
+    return BPE(merges), f"BPE of {256 + len(merges)} pieces trained on its captions"
+
+
+def halving(optimizer: torch.optim.Optimizer, hp: PriorTraining) -> ReduceLROnPlateau:
+    """Halves the step size when the loss it is told has stopped falling (B.2)."""
+    return ReduceLROnPlateau(
+        optimizer,
+        factor=0.5,
+        patience=0,
+        threshold=hp.plateau_threshold,
+        min_lr=hp.lr / 2**hp.plateau_halvings,
+    )
 
 
 def captions_of(dataset: ToyWorld | Folder, count: int) -> Iterator[str]:
@@ -103,10 +132,6 @@ def draw_samples(model: Transformer, dvae: DVAE, text: torch.Tensor, captions, p
     images = images.permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     rows = [list(images[k : k + 8]) for k in range(0, len(images), 8)]
     names = [captions[k : k + 8] for k in range(0, len(images), 8)]
-    white = np.full_like(images[0], 255)
-    for row, words in zip(rows, names):
-        row += [white] * (8 - len(row))
-        words += [""] * (8 - len(words))
     sheet(rows, names, scale=max(1, 128 // images.shape[1])).save(path)
 
 
@@ -124,8 +149,10 @@ def main() -> None:
             raise ValueError(f"{where} holds no dvae.pt: train it with: python train_dvae.py")
         about = training.load(run_dir / "dvae.pt")
         dvae = load_dvae(run_dir / "dvae.pt").requires_grad_(False).to(world.device)
-        preset = args.preset or about["preset"]
-        size, spec = about["image_size"], args.data or about["data"]
+        preset, spec = args.preset or about.get("preset"), args.data or about.get("data")
+        if preset not in PRESETS or not spec or "image_size" not in about:
+            raise ValueError(f"{run_dir}/dvae.pt does not say how it was trained: make it again")
+        size = about["image_size"]
         grid = size // dvae.config.factor
         for name, value in (("grid", grid), ("image_vocab", dvae.config.vocab_size)):
             if getattr(args, name) not in (None, value):
@@ -135,27 +162,30 @@ def main() -> None:
         config = training.choose(TransformerConfig, PRESETS[preset], args)
         micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world)
         train, val = open_dataset(spec, size, args.val)
-        training.announce(world, f"taking {run_dir}/dvae.pt, preset {preset}, data {train.name}")
-        state_path = run_dir / "prior_state.pt"
-        state = training.load_state(state_path, args.resume, world)
-        if world.is_main and not state:
-            training.set_aside(run_dir, "prior.pt", "prior_state.pt")
-        # The run's BPE, trained on its captions by rank 0 where there is none
-        if world.is_main and not (run_dir / "bpe.json").exists():
-            BPE.train(captions_of(train, hp.bpe_captions), config.text_vocab).save(
-                run_dir / "bpe.json"
-            )
-        world.wait()
-        bpe = BPE.load(run_dir / "bpe.json")
+        bpe, origin = find_bpe(run_dir, args, hp, config, train, world)
+        training.announce(
+            world, f"taking {run_dir}/dvae.pt, preset {preset}, data {train.name}, {origin}"
+        )
         config = replace(config, text_vocab=bpe.vocab_size)
+        run = {**asdict(hp), "data": spec, "seed": args.seed}
+        state_path = run_dir / "prior_state.pt"
+        state = training.load_state(state_path, run, args.resume, world)
         if state:
             training.check_config(state_path, TransformerConfig(**state["config"]), config)
         if args.init_from:
             model = load_transformer(args.init_from)
             training.check_config(args.init_from, model.config, config)
         options = dict(size=size, bpe=bpe, text_len=config.text_len)
-        held_out = training.Samples(val, partial(prepare, dropout=0.0, **options), seed=0)
-        val_pixels, val_text, _ = training.held_out(held_out, 512)
+        samples = training.Samples(
+            train, partial(prepare, dropout=hp.bpe_dropout, **options), args.seed
+        )
+        val_samples = training.Samples(val, partial(prepare, dropout=0.0, **options), 0)
+        val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
+        world.wait()  # until every rank has read what is now moved away
+        if world.is_main:
+            bpe.save(run_dir / "bpe.json")
+            if not state:
+                training.set_aside(run_dir, "prior.pt", "prior_state.pt")
 
     # ---- model and optimizer
     if not args.init_from:
@@ -166,10 +196,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
     )
-    plateau = ReduceLROnPlateau(
-        optimizer, factor=0.5, patience=0, threshold=hp.plateau_threshold,
-        min_lr=hp.lr / 2**hp.plateau_halvings,
-    )  # fmt: skip
+    plateau = halving(optimizer, hp)
     start, window = 0, torch.zeros((), device=world.device)
     if state:
         model.load_state_dict(state["model"])
@@ -188,7 +215,7 @@ def main() -> None:
     shown_captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]]
     log = training.Log(run_dir, "prior", start, world)
     batches = training.micro_batches(
-        training.Samples(train, partial(prepare, dropout=hp.bpe_dropout, **options), args.seed),
+        samples,
         world, start, hp.steps, hp.batch_size, micro_batch, args.workers,
     )  # fmt: skip
     accumulate = hp.batch_size // (micro_batch * world.size)
@@ -202,12 +229,14 @@ def main() -> None:
         f"{world.device.type}, {args.dtype}; into {run_dir}",
     )
 
+    about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
+
     def save(step: int) -> None:
-        described = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
         weights = {"model": average.module.state_dict(), "step": step}
-        training.save(run_dir / "prior.pt", described | weights)
+        training.save(run_dir / "prior.pt", about | weights)
         state = {
             "config": asdict(config),
+            "run": run,
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -224,50 +253,61 @@ def main() -> None:
         if step < hp.warmup_steps:
             for group in optimizer.param_groups:
                 group["lr"] = hp.lr * (step + 1) / hp.warmup_steps
+        step_loss = torch.zeros((), device=world.device)
         for _ in range(accumulate):
             (pixels, text, was_cut), skipped = next(batches)
             progress.skip(skipped)
             progress.cut += int(was_cut.sum())
+            image = tokens_of(pixels)
             with training.autocast(world, args.dtype):
-                loss, metrics = model.loss(text.to(world.device), tokens_of(pixels))
+                loss, metrics = model.loss(text.to(world.device), image)
             (loss / accumulate).backward()
-            window += loss.detach() / accumulate
+            step_loss += loss.detach() / accumulate
             progress.add(metrics)
+        window += world.mean(step_loss)
         world.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), hp.clip)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        if done % hp.ema_every == 0:
+        if done % hp.ema_every == 0 or average.n_averaged == 0:
             average.update_parameters(model)
         if done % hp.plateau_steps == 0:
             if done >= hp.warmup_steps:
-                plateau.step(world.mean(window).item() / hp.plateau_steps)
+                plateau.step(window.item() / hp.plateau_steps)
             window.zero_()
 
-        # ---- log, look, save
+        # ---- log, save, look
         progress.step(done)
         stop = interrupt.agreed()
-        if done % hp.log_every == 0 or done == hp.steps:
-            log.write(done, **progress.take(), lr=optimizer.param_groups[0]["lr"])
-        if done % hp.eval_every == 0 or done == hp.steps or stop:
-            if world.is_main:
-                scores = evaluate(average.module, val_text, val_image, micro_batch)
-                log.write(done, **scores)
-                progress.show(**scores)
-                draw_samples(
-                    average.module, dvae, val_text[:shown], shown_captions, run_dir / "samples.png"
-                )
+        save_now = done % hp.eval_every == 0 or done == hp.steps or stop
+        if done % hp.log_every == 0 or save_now:
+            values = progress.take()
+            progress.check(values, done)
+            log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
+        if save_now and world.is_main:
+            with progress.paused():
                 save(done)
-            progress.restart_clock()
+                if not stop:
+                    scores = evaluate(average.module, val_text, val_image, micro_batch)
+                    log.write(done, **scores)
+                    progress.show(**scores)
+                    draw_samples(
+                        average.module,
+                        dvae,
+                        val_text[:shown],
+                        shown_captions,
+                        run_dir / "samples.png",
+                    )
         if stop:
             progress.close()
+            training.leave(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     training.announce(
         world,
-        f"{run_dir}/prior.pt: {progress.shown.get('val_image_loss', 0):.3f} nats per image token "
+        f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
         f"on held-out pictures; see {run_dir}/samples.png\n"
         f'next: python sample.py "a red cube" --run-dir {run_dir}',
     )

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -35,8 +36,8 @@ from tqdm import tqdm
 
 
 def fail(message: str, code: int = 2) -> None:
-    """End with one line on standard error. Under torchrun rank 0 speaks for all."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """End with one line on standard error. Under torchrun each machine's first rank speaks."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -48,10 +49,13 @@ def door():
         yield
     except (ValueError, OSError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped before the first step", 130)
 
 
 def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type) -> None:
     """The options every script has, and one for each field of the config classes."""
+    parser.error = fail
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--preset", choices=presets, help="sizes and schedules")
     preset.add_argument("--tiny", dest="preset", action="store_const", const="tiny")
@@ -81,14 +85,24 @@ def choose(config: type, preset: dict, args: argparse.Namespace):
     names = [field.name for field in fields(config)]
     values = asdict(config()) | {k: v for k, v in preset.items() if k in names}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    if "steps" in given and given["steps"] > 0:
+    if given.get("steps", 0) > 0:
         for name in names:
-            if name.endswith("_steps"):
-                values[name] = round(values[name] * given["steps"] / values["steps"])
-    for name, value in given.items():
-        if name.endswith(("steps", "size", "vocab")) and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+            if name.endswith("_steps") and values[name]:
+                values[name] = max(1, round(values[name] * given["steps"] / values["steps"]))
     return config(**values | given)
+
+
+def check_ranges(hp) -> None:
+    """ValueError for a training config with numbers that no run could use."""
+    for field in fields(hp):
+        value, option = getattr(hp, field.name), f"--{field.name.replace('_', '-')}"
+        counts = field.name in ("steps", "plateau_steps") or field.name.endswith(
+            ("_every", "_size")
+        )
+        least = 1 if counts else 0
+        most = 1 if field.name in ("beta1", "beta2", "ema", "bpe_dropout") else math.inf
+        if not least <= value <= most or value == math.inf:
+            raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")
 
 
 def newest_run(*names: str) -> Path | None:
@@ -134,6 +148,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def share(self, make: Callable):
+        """What rank 0 makes, on every rank; plain data."""
+        box = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
     def average_gradients(self, model: nn.Module) -> None:
         """Replace each gradient by its mean over the processes."""
         if self.size == 1:
@@ -153,7 +174,7 @@ def pick_device(name: str | None) -> torch.device:
     if torch.cuda.is_available():
         there.insert(0, "cuda")
     name = name or there[0]
-    if name.split(":")[0] not in there:
+    if not re.fullmatch(rf"({'|'.join(there)})(:\d+)?", name):
         raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
     return torch.device(name)
 
@@ -167,8 +188,36 @@ def launch(device_name: str | None) -> World:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM asks the loop to stop after the step it is in; a second one is final."""
+
+    def __init__(self, world: World):
+        self.world, self.code = world, 0
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number: int, _) -> None:
+        self.code = 128 + number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The exit code to stop with, the same on every rank; 0 to go on."""
+        return self.world.max(self.code)
+
+
+def autocast(world: World, dtype: str):
+    """Mixed precision with bfloat16, or nothing."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def leave(world: World) -> None:
+    world.wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------- data order
@@ -202,14 +251,15 @@ class Samples(torch.utils.data.Dataset):
             epoch, k = divmod(position, n)
             index = int(permutation(n, epoch, self.seed)[k])
         while True:
-            rng = random.Random(derive(self.seed, "sample", position))
             try:
-                return self.prepare(*self.dataset[index], rng), skipped
+                item = self.dataset[index]
+                break
             except ValueError as error:
                 skipped.append(str(error))
             if len(skipped) >= min(n, 1000):
-                raise RuntimeError(f"no readable sample in {self.dataset.name}: {skipped[0]}")
+                raise ValueError(f"no readable sample in {self.dataset.name}: {skipped[0]}")
             index = (index + 1) % n
+        return self.prepare(*item, random.Random(derive(self.seed, "sample", position))), skipped
 
 
 def collate(items: list) -> tuple[list[Tensor], list[str]]:
@@ -217,22 +267,10 @@ def collate(items: list) -> tuple[list[Tensor], list[str]]:
     return tensors, [message for _, skipped in items for message in skipped]
 
 
-@dataclass
-class Order:
-    """The positions of each micro-batch, one after the other."""
-
-    firsts: range  # of every step
-    offsets: range  # of this rank's micro-batches within a step
-    micro_batch: int
-
-    def __iter__(self) -> Iterator[range]:
-        for first in self.firsts:
-            for offset in self.offsets:
-                yield range(first + offset, first + offset + self.micro_batch)
-
-
-def ignore_interrupts(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which saves first
+def ignore_signals(_: int) -> None:
+    """In a data loading process: they are for the trainer, which saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def micro_batches(
@@ -245,24 +283,41 @@ def micro_batches(
     workers: int,
 ) -> Iterator[tuple[list[Tensor], list[str]]]:
     """This rank's micro-batches of steps start .. steps - 1, in order: (tensors, skipped)."""
-    offsets = range(world.rank * micro_batch, batch_size, world.size * micro_batch)
-    order = Order(range(start * batch_size, steps * batch_size, batch_size), offsets, micro_batch)
+    if len(samples.dataset) < batch_size:
+        announce(
+            world,
+            f"warning: {len(samples.dataset)} samples are fewer than a batch of {batch_size}: "
+            "each batch holds some of them more than once",
+        )
+    order = (
+        range(step * batch_size + offset, step * batch_size + offset + micro_batch)
+        for step in range(start, steps)
+        for offset in range(world.rank * micro_batch, batch_size, world.size * micro_batch)
+    )
     return iter(
         DataLoader(
             samples,
             batch_sampler=order,
             collate_fn=collate,
             num_workers=workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_signals,
             pin_memory=world.device.type == "cuda",
         )
     )
 
 
-def held_out(samples: Samples, count: int) -> list[Tensor]:
-    """The first `count` samples of a validation set, as stacked tensors."""
+def held_out(samples: Samples, count: int, world: World) -> list[Tensor]:
+    """The first `count` samples of a validation set, as stacked tensors; ValueError if none."""
     items = [samples[k] for k in range(min(count, len(samples.dataset)))]
-    return collate(items)[0]
+    tensors, skipped = collate(items)
+    for message in sorted(set(skipped)):
+        announce(world, f"skipped for validation: {message}")
+    return tensors
+
+
+def images_to(device: torch.device, images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
 def check_batches(batch_size: int, micro_batch: int | None, world: World) -> int:
@@ -285,11 +340,6 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
     if step >= steps:
         return end
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def images_to(device: torch.device, images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory."""
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
 # ----------------------------------------------------------------------------- files
@@ -319,14 +369,25 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_state(path: Path, resume: bool, world: World) -> dict | None:
-    """The training state to continue from, if that is asked for and there is one."""
+def load_state(path: Path, run: dict, resume: bool, world: World) -> dict | None:
+    """The training state to continue from, if that is asked for and there is one.
+
+    `run` holds the settings of this run; where they differ from those of the state, it is said.
+    """
     if not resume:
         return None
     if not path.exists():
         announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
         return None
-    return load(path)
+    state = load(path)
+    if not {"config", "run", "model", "average", "optimizer", "step"} <= state.keys():
+        raise ValueError(f"{path} is not the state of a run: expected what --resume needs")
+    if state["step"] >= run["steps"]:
+        raise ValueError(f"{path} is at step {state['step']} already: give --steps above that")
+    for name, value in run.items():
+        if value != state["run"].get(name):
+            announce(world, f"resuming with {name} {value}; it was {state['run'].get(name)}")
+    return state
 
 
 def check_config(path: Path, found, expected) -> None:
@@ -384,7 +445,7 @@ def announce(world: World, message: str) -> None:
         print(message, flush=True)
 
 
-SHOWN = ("loss", "text_loss", "image_loss", "val_psnr", "codes", "val_image_loss")
+SHOWN = ("loss", "psnr", "text_loss", "image_loss", "val_psnr", "codes", "val_image_loss")
 
 
 class Progress:
@@ -396,7 +457,8 @@ class Progress:
         self.bar = tqdm(total=steps, initial=start, disable=not world.is_main, mininterval=0.5)
         self.sums: dict[str, Tensor] = {}
         self.shown: dict[str, float] = {}
-        self.count, self.since_taken, self.since = 0, 0, time.time()
+        self.count, self.since_taken = 0, 0
+        self.begin = self.since = time.time()
         self.skipped: set[str] = set()
         self.cut = 0  # captions longer than the text part of the stream
 
@@ -416,12 +478,15 @@ class Progress:
         self.bar.update()
         self.since_taken += 1
         if done - self.start == 20 and self.world.is_main:
-            rest = (time.time() - self.since) / 20 * (self.steps - done) / 60
+            rest = (time.time() - self.begin) / 20 * (self.steps - done) / 60
             self.bar.write(f"about {rest:.0f} minutes to go")
 
-    def restart_clock(self) -> None:
-        """What came before was no training, and does not count in the speed."""
-        self.since = time.time()
+    @contextmanager
+    def paused(self):
+        """What happens inside is no training, and does not count in the speed."""
+        began = time.time()
+        yield
+        self.since += time.time() - began
 
     def take(self) -> dict[str, float]:
         """The means since the last call, averaged over the processes, and the speed."""
@@ -429,8 +494,7 @@ class Progress:
         values = dict(zip(self.sums, self.world.mean(means).tolist()))
         rate = self.since_taken * self.per_step / (time.time() - self.since)
         values[f"{self.unit}_per_second"] = rate
-        self.sums, self.count, self.since_taken = {}, 0, 0
-        self.restart_clock()
+        self.sums, self.count, self.since_taken, self.since = {}, 0, 0, time.time()
         self.show(**values)
         return values
 
@@ -439,36 +503,15 @@ class Progress:
         shown = {k: f"{v:.4g}" for k, v in self.shown.items() if k in SHOWN or "_per_" in k}
         self.bar.set_postfix(shown, refresh=False)
 
+    def check(self, values: dict[str, float], done: int) -> None:
+        """End a run whose loss is no number any more, before it is saved."""
+        if not math.isfinite(values["loss"]):
+            self.close()
+            fail(f"the loss is {values['loss']} by step {done}; what was saved before is kept", 1)
+
     def close(self) -> None:
         self.bar.close()
         if self.skipped:
             announce(self.world, f"{len(self.skipped)} unreadable samples were skipped")
         if self.cut:
             announce(self.world, f"{self.cut} captions were cut to the model's text length")
-
-
-def autocast(world: World, dtype: str):
-    """Mixed precision with bfloat16, or nothing."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bf16")
-
-
-def leave(world: World) -> None:
-    world.wait()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM asks the loop to stop after the step it is in."""
-
-    def __init__(self, world: World):
-        self.world, self.code = world, 0
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number: int, _) -> None:
-        self.code = 128 + number
-
-    def agreed(self) -> int:
-        """The exit code to stop with, the same on every rank; 0 to go on."""
-        return self.world.max(self.code)

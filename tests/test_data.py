@@ -134,7 +134,11 @@ def test_listing_2():
     assert min(scales) == pytest.approx(1, abs=0.03)
     assert max(scales) == pytest.approx(9 / 8, abs=0.03)
     # slack 160: the square starts at 60 to 99, and ends 200 pixels later
-    assert 58 < min(lefts) < 66 and max(rights) < 301
+    assert 58 < min(lefts) < 66 and 285 < max(rights) < 301
+    tall = [
+        extent(preprocess_prior(marked_image(200, 360), size, rng), 200, 360) for _ in range(99)
+    ]
+    assert all(60 - 2 < top and bottom < 301 for _, _, top, bottom, _ in tall)
     # with no slack the square is the image
     square = preprocess_prior(marked_image(64, 64), 64, rng)
     assert (square == np.asarray(marked_image(64, 64))).all()
@@ -150,7 +154,7 @@ def test_any_image_gives_the_target_size(preprocess, shape):
 
 
 def test_folders(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is not a folder"):
         data.open_dataset(str(tmp_path / "nowhere"), 32)
     with pytest.raises(ValueError, match="no images"):
         data.open_dataset(str(tmp_path), 32)
