@@ -62,7 +62,7 @@ class PriorTraining:
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, d_head=32, text_len=24, text_vocab=512, kernel=5,
-                 batch_size=32, steps=4200, lr=2e-3, warmup_steps=100, plateau_steps=300,
+                 batch_size=32, steps=3800, lr=2e-3, warmup_steps=100, plateau_steps=300,
                  plateau_threshold=0.025, ema=0.97, ema_every=5, bpe_captions=20_000),
     "small": dict(n_layer=12, n_head=8, d_head=64, text_len=64, text_vocab=4096, kernel=5,
                   batch_size=128, steps=30_000, lr=1e-3, warmup_steps=500, plateau_steps=1000,
