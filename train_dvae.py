@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Stage one: train the dVAE.")
     training.add_arguments(parser, PRESETS, DVAEConfig, DVAETraining)
     args = parser.parse_args()
+
     # ---- what to run
     with training.door():
         world = training.launch(args.device)
@@ -130,10 +131,10 @@ def main() -> None:
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state = training.load_state(state_path, run, args.resume, world)
         if state:
-            training.check_config(state_path, DVAEConfig(**state["config"]), config)
+            training.check_config(state_path, state["config"], config)
         if args.init_from:
             model = load_dvae(args.init_from)
-            training.check_config(args.init_from, model.config, config)
+            training.check_config(args.init_from, asdict(model.config), config)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -159,9 +160,8 @@ def main() -> None:
         start = state["step"]
     log = training.Log(run_dir, "dvae", start, world)
     batches = training.micro_batches(
-        samples,
-        world, start, hp.steps, hp.batch_size, micro_batch, args.workers,
-    )  # fmt: skip
+        samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
+    )
     accumulate = hp.batch_size // (micro_batch * world.size)
     n_params = sum(p.numel() for p in model.parameters())
     training.announce(
@@ -232,13 +232,12 @@ def main() -> None:
             training.leave(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
-    training.announce(
-        world,
-        f"{run_dir}/dvae.pt: {progress.shown['val_psnr']:.1f} dB on held-out images, "
-        f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; "
-        f"see {run_dir}/dvae.png\n"
-        f"next: python train_prior.py --run-dir {run_dir}",
-    )
+    if world.is_main:
+        print(
+            f"{run_dir}/dvae.pt: {progress.shown['val_psnr']:.1f} dB on held-out images, "
+            f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; "
+            f"see {run_dir}/dvae.png\nnext: python train_prior.py --run-dir {run_dir}"
+        )
     training.leave(world)
 
 

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import training
 from bpe import BPE
 from data import Folder, ToyWorld, open_dataset, preprocess_prior, sheet
-from dvae import DVAE, load_dvae
+from dvae import DVAE, load_dvae, load_openai
 from training import images_to
 from transformer import Transformer, TransformerConfig, load_transformer, pad_text
 
@@ -78,6 +78,21 @@ def prepare(img, captions, rng, size: int, bpe: BPE, text_len: int, dropout: flo
     ids = bpe.encode(rng.choice(captions), dropout, rng)
     text = pad_text(ids[: text_len - 1], text_len, bpe.vocab_size)
     return [pixels, text, torch.tensor(len(ids) > text_len - 1)]
+
+
+def adopt_openai(args, world: training.World) -> Path:
+    """Make OpenAI's released dVAE the one of the run, and return its directory."""
+    dvae = load_openai(*args.openai_dvae)
+    preset = args.preset or "small"
+    run_dir = args.run_dir or Path("runs") / f"openai-{preset}"
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        about = {"preset": preset, "data": args.data or "toy", "step": 0}
+        about["image_size"] = dvae.config.factor * (args.grid or TransformerConfig.grid)
+        weights = {"config": asdict(dvae.config), "model": dvae.state_dict()}
+        training.save(run_dir / "dvae.pt", about | weights)
+    world.wait()
+    return run_dir
 
 
 def find_bpe(run_dir: Path, args, hp, config, train, world) -> tuple[BPE, str]:
@@ -138,15 +153,20 @@ def draw_samples(model: Transformer, dvae: DVAE, text: torch.Tensor, captions, p
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage two: train the prior.")
     training.add_arguments(parser, PRESETS, TransformerConfig, PriorTraining)
+    parser.add_argument("--openai-dvae", nargs=2, metavar=("ENC", "DEC"), help="released files")
     args = parser.parse_args()
 
     # ---- what to run
     with training.door():
         world = training.launch(args.device)
+        if args.openai_dvae:
+            args.run_dir = adopt_openai(args, world)
         run_dir = args.run_dir or training.newest_run("dvae.pt")
-        if run_dir is None or not (run_dir / "dvae.pt").is_file():
-            where = "no run" if run_dir is None else f"{run_dir}, which"
-            raise ValueError(f"{where} holds no dvae.pt: train it with: python train_dvae.py")
+        if run_dir is None:
+            raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
+        if not (run_dir / "dvae.pt").is_file():
+            command = f"python train_dvae.py --run-dir {run_dir}"
+            raise ValueError(f"{run_dir} holds no dvae.pt; train it with: {command}")
         about = training.load(run_dir / "dvae.pt")
         dvae = load_dvae(run_dir / "dvae.pt").requires_grad_(False).to(world.device)
         preset, spec = args.preset or about.get("preset"), args.data or about.get("data")
@@ -171,10 +191,10 @@ def main() -> None:
         state_path = run_dir / "prior_state.pt"
         state = training.load_state(state_path, run, args.resume, world)
         if state:
-            training.check_config(state_path, TransformerConfig(**state["config"]), config)
+            training.check_config(state_path, state["config"], config)
         if args.init_from:
             model = load_transformer(args.init_from)
-            training.check_config(args.init_from, model.config, config)
+            training.check_config(args.init_from, asdict(model.config), config)
         options = dict(size=size, bpe=bpe, text_len=config.text_len)
         samples = training.Samples(
             train, partial(prepare, dropout=hp.bpe_dropout, **options), args.seed
@@ -215,9 +235,8 @@ def main() -> None:
     shown_captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]]
     log = training.Log(run_dir, "prior", start, world)
     batches = training.micro_batches(
-        samples,
-        world, start, hp.steps, hp.batch_size, micro_batch, args.workers,
-    )  # fmt: skip
+        samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
+    )
     accumulate = hp.batch_size // (micro_batch * world.size)
     positions = config.text_len + grid**2
     n_params = sum(p.numel() for p in model.parameters())
@@ -305,12 +324,12 @@ def main() -> None:
             training.leave(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
-    training.announce(
-        world,
-        f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
-        f"on held-out pictures; see {run_dir}/samples.png\n"
-        f'next: python sample.py "a red cube" --run-dir {run_dir}',
-    )
+    if world.is_main:
+        print(
+            f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
+            f"on held-out pictures; see {run_dir}/samples.png\n"
+            f'next: python sample.py "a red cube" --run-dir {run_dir}'
+        )
     training.leave(world)
 
 

@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best one there")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--workers", type=int, default=1, help="data loading processes")
+    parser.add_argument(
+        "--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
     for config in configs:
@@ -95,12 +97,10 @@ def choose(config: type, preset: dict, args: argparse.Namespace):
 def check_ranges(hp) -> None:
     """ValueError for a training config with numbers that no run could use."""
     for field in fields(hp):
-        value, option = getattr(hp, field.name), f"--{field.name.replace('_', '-')}"
-        counts = field.name in ("steps", "plateau_steps") or field.name.endswith(
-            ("_every", "_size")
-        )
-        least = 1 if counts else 0
-        most = 1 if field.name in ("beta1", "beta2", "ema", "bpe_dropout") else math.inf
+        name, value = field.name, getattr(hp, field.name)
+        option = f"--{name.replace('_', '-')}"
+        least = int(name in ("steps", "plateau_steps") or name.endswith(("_every", "_size")))
+        most = 1 if name in ("beta1", "beta2", "ema", "bpe_dropout") else math.inf
         if not least <= value <= most or value == math.inf:
             raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")
 
@@ -390,12 +390,12 @@ def load_state(path: Path, run: dict, resume: bool, world: World) -> dict | None
     return state
 
 
-def check_config(path: Path, found, expected) -> None:
-    """ValueError unless the config of a file is the one that was asked for."""
+def check_config(path: Path, found: dict, expected) -> None:
+    """ValueError unless the config in a file is the one that was asked for."""
     differ = [
-        f"{name} {value} (expected {getattr(expected, name)})"
-        for name, value in asdict(found).items()
-        if value != getattr(expected, name)
+        f"{name} {found.get(name)} (expected {value})"
+        for name, value in asdict(expected).items()
+        if found.get(name) != value
     ]
     if differ:
         raise ValueError(f"{path} holds a model of other sizes: {', '.join(differ)}")

@@ -190,6 +190,19 @@ def test_a_photo_beside_its_reconstruction(release, tmp_path):
     assert Image.open(out).size == (80, 32)
 
 
+def test_the_prior_trains_on_it(release, tmp_path):
+    folder, *_ = release
+    root = Path(__file__).resolve().parent.parent
+    files = [folder / "encoder.pkl", folder / "decoder.pkl"]
+    command = [sys.executable, root / "train_prior.py", "--tiny", "--openai-dvae", *files]
+    options = ["--run-dir", tmp_path, "--grid", "4", "--steps", "2", "--batch-size", "4"]
+    subprocess.run([*command, *options], check=True)
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, root / "sample.py", "a red cube", "--run-dir", tmp_path]
+    subprocess.run([*command, "-o", picture], check=True)
+    assert picture.exists()
+
+
 @pytest.mark.skipif("DALLE_ENCODER" not in os.environ, reason="the released files are not here")
 def test_the_real_files():
     model = load_openai(os.environ["DALLE_ENCODER"], os.environ["DALLE_DECODER"])
