@@ -391,9 +391,8 @@ def sheet(
     """Rows of equal-sized uint8 [H, W, 3] images as one picture, each enlarged `scale` times,
     each with its caption below it where there are captions. The first row is the longest."""
     height, width = rows[0][0].shape[:2]
-    line = 11
     cell_w, cell_h = width * scale + 4, height * scale + 4
-    text_h = 4 * line if captions else 0
+    text_h = 62 if captions else 0  # four lines
     picture = Image.new("RGB", (len(rows[0]) * cell_w, len(rows) * (cell_h + text_h)), "white")
     draw = ImageDraw.Draw(picture)
     for r, row in enumerate(rows):

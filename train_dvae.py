@@ -55,8 +55,8 @@ class DVAETraining:
 
 PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
-                 image_size=32, batch_size=16, steps=11_000, lr=3e-3, lr_end=5e-5, lr_steps=11_000,
-                 warmup_steps=200, ema=0.998, kl_weight=0.8, kl_steps=1100, tau_steps=8300),
+                 image_size=32, batch_size=16, steps=12_500, lr=4e-3, lr_end=5e-5, lr_steps=12_500,
+                 warmup_steps=200, ema=0.998, kl_weight=0.8, kl_steps=1250, tau_steps=9400),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
                   lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000,

@@ -47,8 +47,9 @@ def last(run_dir, stage, name):
 def tiny_run(tmp_path_factory):
     """A miniature of the tiny preset: both stages, a few hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
-    run("train_dvae.py", "--tiny", "--run-dir", run_dir, "--steps", 700, "--eval-every", 350)
-    run("train_prior.py", "--run-dir", run_dir, "--steps", 240, "--eval-every", 120)
+    short = ["--run-dir", run_dir, "--ema", 0.95, "--eval-every", 350]
+    run("train_dvae.py", "--tiny", "--steps", 700, *short)
+    run("train_prior.py", "--steps", 240, *short)
     return run_dir
 
 
