@@ -19,6 +19,7 @@ import copy
 import random
 import sys
 import textwrap
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,7 +416,9 @@ def main() -> None:
     parser.add_argument("-o", "--out", default="toy.png", help="default toy.png")
     args = parser.parse_args()
     scale = max(1, 128 // args.image_size)
-    items = [toy_world(i, args.image_size, args.split) for i in range(40)]
+    began = time.perf_counter()
+    items = [toy_world(i, args.image_size, args.split) for i in range(400)]
+    rate = len(items) / (time.perf_counter() - began)
     rows = [[pixels for pixels, _ in items[r : r + 8]] for r in range(0, 40, 8)]
     captions = [[caption for _, caption in items[r : r + 8]] for r in range(0, 40, 8)]
     try:
@@ -424,6 +427,7 @@ def main() -> None:
         print(f"data.py: cannot write {args.out}: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{args.out}: 40 pictures of the toy world, split {args.split}")
+    print(f"drawn at {rate:.0f} pictures a second on one core")
 
 
 if __name__ == "__main__":

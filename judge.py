@@ -155,9 +155,13 @@ def main() -> None:
                 f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more"
             )
         judge = train_judge()
-        color, shape = right(judge, *batch_of(renders(2 * FRESH), 2000))
-        sure = (color & shape).float().mean()
-        print(f"judge: {sure:.2%} right on 2000 renders it has not seen")
+        x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
+        for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
+            color, shape = right(judge, images, colors, shapes)
+            accuracy = (color & shape).float().mean().item()
+            print(f"judge: {accuracy:.2%} right on 2000 {kind} renders it has not seen")
+            if accuracy < 0.99:
+                fail("a judge that is wrong this often measures nothing", 1)
         psnr, codes = judge_dvae(run[1])
         print(
             f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "

@@ -106,7 +106,8 @@ def draw(
         range(first, min(first + batch_size, candidates))
         for first in range(0, candidates, batch_size)
     ]
-    with tqdm(total=len(batches) * grid**2, unit="token", disable=not progress, leave=False) as bar:
+    total = len(batches) * grid**2
+    with tqdm(total=total, unit="token", disable=not progress, leave=False, delay=0.5) as bar:
         for batch in batches:
             tokens = prior.generate(
                 text.expand(len(batch), -1),

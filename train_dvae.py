@@ -129,7 +129,7 @@ def main() -> None:
         run_dir = args.run_dir or Path("runs") / preset
         state_path = run_dir / "dvae_state.pt"
         run = {**asdict(hp), "data": spec, "seed": args.seed}
-        state = training.load_state(state_path, run, args.resume, world)
+        state = training.load_state(state_path, run, args.resume, world, "scaler")
         if state:
             training.check_config(state_path, state["config"], config)
         if args.init_from:
@@ -144,6 +144,7 @@ def main() -> None:
                 )
 
     # ---- model and optimizer
+    interrupt = training.Interrupt(world)
     if not args.init_from:
         torch.manual_seed(args.seed)
         model = DVAE(config)
@@ -152,11 +153,17 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
     )
+    # one scale for the whole loss, as in the paper; it does nothing but for fp16 (A.2)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
     start = 0
     if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         start = state["step"]
     log = training.Log(run_dir, "dvae", start, world)
     batches = training.micro_batches(
@@ -183,12 +190,12 @@ def main() -> None:
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
             "step": step,
         }
         training.save(state_path, state)
 
     # ---- the loop
-    interrupt = training.Interrupt(world)
     progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
     for step in range(start, hp.steps):
         lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
@@ -203,17 +210,18 @@ def main() -> None:
             torch.manual_seed(training.derive(args.seed, "noise", step, world.rank, k))
             with training.autocast(world, args.dtype):
                 loss, metrics = model.loss(images_to(world.device, pixels), tau, kl_weight)
-            (loss / accumulate).backward()
+            scaler.scale(loss / accumulate).backward()
             progress.add(metrics)
         world.average_gradients(model)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         average.update_parameters(model)
 
         # ---- log, save, look
         done = step + 1
         progress.step(done)
-        stop = interrupt.agreed()
+        stop = interrupt.agreed() if done < hp.steps else 0
         save_now = done % hp.eval_every == 0 or done == hp.steps or stop
         if done % hp.log_every == 0 or save_now:
             values = progress.take()
@@ -229,7 +237,7 @@ def main() -> None:
                     draw_reconstructions(average.module, images, run_dir / "dvae.png")
         if stop:
             progress.close()
-            training.leave(world)
+            training.shut_down(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     if world.is_main:
@@ -238,7 +246,7 @@ def main() -> None:
             f"{progress.shown['codes']:.0f} of {config.vocab_size} codes in use; "
             f"see {run_dir}/dvae.png\nnext: python train_prior.py --run-dir {run_dir}"
         )
-    training.leave(world)
+    training.shut_down(world)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import training
 from bpe import BPE
 from data import Folder, ToyWorld, open_dataset, preprocess_prior, sheet
 from dvae import DVAE, load_dvae, load_openai
+from scaling import GradientScales
 from training import images_to
 from transformer import Transformer, TransformerConfig, load_transformer, pad_text
 
@@ -80,30 +81,32 @@ def prepare(img, captions, rng, size: int, bpe: BPE, text_len: int, dropout: flo
     return [pixels, text, torch.tensor(len(ids) > text_len - 1)]
 
 
-def adopt_openai(args, world: training.World) -> Path:
-    """Make OpenAI's released dVAE the one of the run, and return its directory."""
+def adopt_openai(args: argparse.Namespace) -> tuple[DVAE, dict]:
+    """OpenAI's released dVAE in place of one of our own, and what its dvae.pt is to say."""
     dvae = load_openai(*args.openai_dvae)
-    preset = args.preset or "small"
-    run_dir = args.run_dir or Path("runs") / f"openai-{preset}"
-    if world.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        about = {"preset": preset, "data": args.data or "toy", "step": 0}
-        about["image_size"] = dvae.config.factor * (args.grid or TransformerConfig.grid)
-        weights = {"config": asdict(dvae.config), "model": dvae.state_dict()}
-        training.save(run_dir / "dvae.pt", about | weights)
-    world.wait()
-    return run_dir
+    grid = TransformerConfig.grid if args.grid is None else args.grid
+    return dvae, {
+        "config": asdict(dvae.config),
+        "model": dvae.state_dict(),
+        "preset": args.preset or "small",
+        "data": args.data or "toy",
+        "image_size": dvae.config.factor * grid,
+        "step": 0,
+    }
 
 
 def find_bpe(run_dir: Path, args, hp, config, train, world) -> tuple[BPE, str]:
-    """The BPE of the run, or of the weights to fine-tune, or one trained on the captions; and a
+    """The BPE of the weights to fine-tune, or of the run, or one trained on the captions; and a
     word on where it is from."""
     paths = [run_dir / "bpe.json"]
-    if args.init_from:
-        paths.append(args.init_from.parent / "bpe.json")
+    if args.init_from and not args.resume:
+        paths.insert(0, args.init_from.parent / "bpe.json")
     for path in paths:
         if path.exists():
-            return BPE.load(path), f"BPE {path}"
+            bpe = BPE.load(path)
+            if args.text_vocab and args.text_vocab < bpe.vocab_size:
+                raise ValueError(f"--text-vocab {args.text_vocab}: {path} has {bpe.vocab_size}")
+            return bpe, f"BPE {path}"
     captions = captions_of(train, hp.bpe_captions)
     merges = world.share(lambda: BPE.train(captions, config.text_vocab).merges)
     return BPE(merges), f"BPE of {256 + len(merges)} pieces trained on its captions"
@@ -160,15 +163,17 @@ def main() -> None:
     with training.door():
         world = training.launch(args.device)
         if args.openai_dvae:
-            args.run_dir = adopt_openai(args, world)
-        run_dir = args.run_dir or training.newest_run("dvae.pt")
-        if run_dir is None:
-            raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
-        if not (run_dir / "dvae.pt").is_file():
-            command = f"python train_dvae.py --run-dir {run_dir}"
-            raise ValueError(f"{run_dir} holds no dvae.pt; train it with: {command}")
-        about = training.load(run_dir / "dvae.pt")
-        dvae = load_dvae(run_dir / "dvae.pt").requires_grad_(False).to(world.device)
+            dvae, about = adopt_openai(args)
+            run_dir = args.run_dir or Path("runs") / f"openai-{about['preset']}"
+        else:
+            run_dir = args.run_dir or training.newest_run("dvae.pt")
+            if run_dir is None:
+                raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
+            if not (run_dir / "dvae.pt").is_file():
+                command = f"python train_dvae.py --run-dir {run_dir}"
+                raise ValueError(f"{run_dir} holds no dvae.pt; train it with: {command}")
+            about, dvae = training.load(run_dir / "dvae.pt"), load_dvae(run_dir / "dvae.pt")
+        dvae = dvae.requires_grad_(False).to(world.device)
         preset, spec = args.preset or about.get("preset"), args.data or about.get("data")
         if preset not in PRESETS or not spec or "image_size" not in about:
             raise ValueError(f"{run_dir}/dvae.pt does not say how it was trained: make it again")
@@ -184,12 +189,16 @@ def main() -> None:
         train, val = open_dataset(spec, size, args.val)
         bpe, origin = find_bpe(run_dir, args, hp, config, train, world)
         training.announce(
-            world, f"taking {run_dir}/dvae.pt, preset {preset}, data {train.name}, {origin}"
+            world,
+            f"taking {'OpenAI' if args.openai_dvae else run_dir}'s dVAE, preset {preset}, "
+            f"data {train.name}, {origin}",
         )
         config = replace(config, text_vocab=bpe.vocab_size)
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state_path = run_dir / "prior_state.pt"
-        state = training.load_state(state_path, run, args.resume, world)
+        state = training.load_state(
+            state_path, run, args.resume, world, "plateau", "window", "scales"
+        )
         if state:
             training.check_config(state_path, state["config"], config)
         if args.init_from:
@@ -203,11 +212,16 @@ def main() -> None:
         val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main:
-            bpe.save(run_dir / "bpe.json")
+            run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
                 training.set_aside(run_dir, "prior.pt", "prior_state.pt")
+            if args.openai_dvae and not state:
+                training.set_aside(run_dir, "dvae.pt", "dvae_state.pt")
+                training.save(run_dir / "dvae.pt", about)
+            bpe.save(run_dir / "bpe.json")
 
     # ---- model and optimizer
+    interrupt = training.Interrupt(world)
     if not args.init_from:
         torch.manual_seed(args.seed)
         model = Transformer(config)
@@ -217,12 +231,18 @@ def main() -> None:
         model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
     )
     plateau = halving(optimizer, hp)
+    scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
     start, window = 0, torch.zeros((), device=world.device)
     if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         plateau.load_state_dict(state["plateau"])
+        for group in optimizer.param_groups:
+            group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
+            group["lr"] *= hp.lr / state["run"]["lr"]
+        if scales and state["scales"]:
+            scales.load_state_dict(state["scales"])
         start, window = state["step"], state["window"].to(world.device)
 
     @torch.no_grad()
@@ -261,12 +281,12 @@ def main() -> None:
             "optimizer": optimizer.state_dict(),
             "plateau": plateau.state_dict(),
             "window": window,
+            "scales": scales and scales.state_dict(),
             "step": step,
         }
         training.save(state_path, state)
 
     # ---- the loop
-    interrupt = training.Interrupt(world)
     progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
     for step in range(start, hp.steps):
         if step < hp.warmup_steps:
@@ -285,8 +305,10 @@ def main() -> None:
             progress.add(metrics)
         window += world.mean(step_loss)
         world.average_gradients(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), hp.clip)
-        optimizer.step()
+        finite = scales is None or scales.finish(step)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), hp.clip)
+        if finite and norm.isfinite():
+            optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
@@ -299,11 +321,13 @@ def main() -> None:
 
         # ---- log, save, look
         progress.step(done)
-        stop = interrupt.agreed()
+        stop = interrupt.agreed() if done < hp.steps else 0
         save_now = done % hp.eval_every == 0 or done == hp.steps or stop
         if done % hp.log_every == 0 or save_now:
             values = progress.take()
             progress.check(values, done)
+            if scales:
+                values["log2_scales"] = scales.scales.log2().tolist()
             log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
         if save_now and world.is_main:
             with progress.paused():
@@ -321,7 +345,7 @@ def main() -> None:
                     )
         if stop:
             progress.close()
-            training.leave(world)
+            training.shut_down(world)
             training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     if world.is_main:
@@ -330,7 +354,7 @@ def main() -> None:
             f"on held-out pictures; see {run_dir}/samples.png\n"
             f'next: python sample.py "a red cube" --run-dir {run_dir}'
         )
-    training.leave(world)
+    training.shut_down(world)
 
 
 if __name__ == "__main__":

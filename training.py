@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
     parser.add_argument("--micro-batch", type=int, help="samples per process and pass")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best one there")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
         "--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes"
     )
@@ -210,11 +210,13 @@ class Interrupt:
 
 
 def autocast(world: World, dtype: str):
-    """Mixed precision with bfloat16, or nothing."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    """Mixed precision, or nothing for fp32."""
+    kind = torch.float16 if dtype == "fp16" else torch.bfloat16
+    return torch.autocast(world.device.type, kind, enabled=dtype != "fp32")
 
 
-def leave(world: World) -> None:
+def shut_down(world: World) -> None:
+    """Leave the process group, once every rank is done."""
     world.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -369,8 +371,8 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_state(path: Path, run: dict, resume: bool, world: World) -> dict | None:
-    """The training state to continue from, if that is asked for and there is one.
+def load_state(path: Path, run: dict, resume: bool, world: World, *keys: str) -> dict | None:
+    """The training state to continue from, if that is asked for and there is one; it holds `keys`.
 
     `run` holds the settings of this run; where they differ from those of the state, it is said.
     """
@@ -380,7 +382,7 @@ def load_state(path: Path, run: dict, resume: bool, world: World) -> dict | None
         announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
         return None
     state = load(path)
-    if not {"config", "run", "model", "average", "optimizer", "step"} <= state.keys():
+    if not {"config", "run", "model", "average", "optimizer", "step", *keys} <= state.keys():
         raise ValueError(f"{path} is not the state of a run: expected what --resume needs")
     if state["step"] >= run["steps"]:
         raise ValueError(f"{path} is at step {state['step']} already: give --steps above that")
@@ -428,11 +430,10 @@ class Log:
         except (ValueError, KeyError, TypeError):
             return False  # the torn last line of a killed run
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | list[float]) -> None:
         if self.is_main:
             seconds = round(time.time() - self.begin, 1)
-            entry = {"stage": self.stage, "step": step, "seconds": seconds}
-            entry |= {name: float(f"{value:.6g}") for name, value in values.items()}
+            entry = {"stage": self.stage, "step": step, "seconds": seconds, **values}
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -465,9 +466,9 @@ class Progress:
     def skip(self, messages: list[str]) -> None:
         """Name each unreadable sample once; the count stands at the end."""
         for message in messages:
-            if message not in self.skipped:
-                self.skipped.add(message)
+            if message not in self.skipped and self.world.is_main:
                 self.bar.write(f"skipped: {message}", file=sys.stderr)
+            self.skipped.add(message)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
@@ -506,12 +507,17 @@ class Progress:
     def check(self, values: dict[str, float], done: int) -> None:
         """End a run whose loss is no number any more, before it is saved."""
         if not math.isfinite(values["loss"]):
-            self.close()
+            self.bar.close()
             fail(f"the loss is {values['loss']} by step {done}; what was saved before is kept", 1)
 
     def close(self) -> None:
         self.bar.close()
-        if self.skipped:
-            announce(self.world, f"{len(self.skipped)} unreadable samples were skipped")
-        if self.cut:
-            announce(self.world, f"{self.cut} captions were cut to the model's text length")
+        seen = [(self.skipped, self.cut)]
+        if self.world.size > 1:
+            seen = [None] * self.world.size
+            dist.all_gather_object(seen, (self.skipped, self.cut))
+        skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
+        if skipped:
+            announce(self.world, f"{len(skipped)} unreadable samples were skipped")
+        if cut:
+            announce(self.world, f"{cut} captions were cut to the model's text length")

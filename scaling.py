@@ -1,0 +1,114 @@
+"""
+Training in 16 bits with a gradient scale for each resblock (2.4, D, Fig. 4).
+
+The gradients of the activations shrink from the early resblocks to the late ones, until they
+underflow in float16; in a deep model no one scale of the loss keeps all of them in range. So each
+resblock has its own: the gradient is multiplied by it where it enters the resblock, at its output,
+and divided by it where it leaves, at its input. The identity path stays in 32 bits.
+
+    scales = GradientScales(model.blocks)
+    with torch.autocast(device, torch.float16):
+        loss = ...
+    loss.backward()
+    if scales.finish(step):
+        optimizer.step()
+
+What is not here: 16-bit parameters and Adam's 16-bit moments. Our reading: 32-bit master weights,
+which autocast casts for each product.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def filtered(grad: Tensor) -> Tensor:
+    """Inf and NaN become zero."""
+    return torch.where(grad.isfinite(), grad, 0)
+
+
+class AtOutput(torch.autograd.Function):
+    """Forward: to 32 bits, for the identity path. Backward: times the scale, to 16 bits."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.dtype = y.dtype
+        return y.float()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return filtered((grad * scale).to(ctx.dtype)), None
+
+
+class AtInput(torch.autograd.Function):
+    """Forward: nothing. Backward: divided by the scale again; a NaN left in here would travel
+    down the identity path."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return filtered(grad.float() / scale), None
+
+
+class GradientScales:
+    """The scales of some resblocks, modules called with one tensor that return what is added to
+    it. They start at M · 2^13 and stay in [M · 2^7, M · 2^24] (D.1).
+
+    M is 1 where gradients are averaged over replicas; it is their number where the loss is divided
+    by the global batch and gradients are summed, as in the paper.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], M: int = 1):
+        self.blocks = list(blocks)
+        device = next(self.blocks[0].parameters()).device
+        self.M = M
+        self.scales = torch.full((len(self.blocks),), M * 2.0**13, device=device)
+        self.divided_at = torch.full((len(self.blocks),), -125, device=device)
+        for i, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(self.enter(i))
+            block.register_forward_hook(self.leave(i))
+
+    def enter(self, i: int):
+        return lambda block, args: (AtInput.apply(args[0], self.scales[i]), *args[1:])
+
+    def leave(self, i: int):
+        return lambda block, args, y: AtOutput.apply(y, self.scales[i])
+
+    @torch.no_grad()
+    def finish(self, step: int) -> bool:
+        """After backward (and averaging over replicas): divide the resblocks' gradients by their
+        scales, adapt the scales, and say whether this update may be made.
+
+        × 2^(1/1000) for a resblock whose parameters' gradients are all finite; else ÷ √2, at most
+        once in 125 updates, and the update is skipped.
+        """
+        finite = []
+        for block, scale in zip(self.blocks, self.scales):
+            grads = [p.grad for p in block.parameters() if p.grad is not None]
+            finite.append(torch.stack([grad.isfinite().all() for grad in grads]).all())
+            for grad in grads:
+                grad /= scale
+        finite = torch.stack(finite)
+        divide = ~finite & (step - self.divided_at >= 125)
+        self.scales *= torch.where(
+            finite, 2 ** (1 / 1000), torch.where(divide, 1 / math.sqrt(2), 1)
+        )
+        self.scales.clamp_(self.M * 2.0**7, self.M * 2.0**24)
+        self.divided_at[divide] = step
+        return bool(finite.all())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scales": self.scales, "divided_at": self.divided_at}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.scales.copy_(state["scales"])
+        self.divided_at.copy_(state["divided_at"])
