@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bpe import BPE
 from dvae import DVAE, load_dvae
-from training import fail, newest_run, pick_device
+from training import derive, fail, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
@@ -74,7 +74,7 @@ def draws(seed: int, candidates: range, n: int) -> torch.Tensor:
     that a candidate is the same however many are drawn beside it."""
     rows = []
     for candidate in candidates:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + candidate) % 2**63)
+        generator = torch.Generator().manual_seed(derive(seed, "candidate", candidate))
         rows.append(torch.rand(n, generator=generator))
     return torch.stack(rows)
 
