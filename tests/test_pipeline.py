@@ -174,6 +174,8 @@ def test_own_pictures(tmp_path):
     assert errors.count("broken.jpg cannot be read") == errors.count("silent.txt holds no") == 1
     assert str(folder) in out  # the dVAE's data, unless told otherwise
     assert (run_dir / "samples.png").exists()
+    run("train_prior.py", *options, "--dtype", "fp16")
+    assert last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
 
 
 @pytest.mark.parametrize(
