@@ -23,6 +23,7 @@ paper's block-sparse GPU kernels, for which dense attention over gathered blocks
 import argparse
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -507,7 +508,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw Fig. 11 and count the 12 billion weights.")
     parser.add_argument("-o", "--out", default="fig11.png", metavar="FILE")
     out = parser.parse_args().out
-    draw_masks().save(out)
+    try:
+        draw_masks().save(out)
+    except (OSError, ValueError) as error:
+        print(f"transformer.py: cannot write {out}: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{out}: the masks of Fig. 11 (blue: text keys, green: image keys)\n")
 
     config = TransformerConfig()
