@@ -61,7 +61,7 @@ class AtInput(torch.autograd.Function):
 
 class GradientScales:
     """The scales of some resblocks, modules called with one tensor that return what is added to
-    it. They start at M · 2^13 and stay in [M · 2^7, M · 2^24] (D.1).
+    it. They start at M · 2^13 and stay in [M · 2^7, M · 2^24] (D).
 
     M is 1 where gradients are averaged over replicas; it is their number where the loss is divided
     by the global batch and gradients are summed, as in the paper.
