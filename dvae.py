@@ -283,6 +283,13 @@ class DVAE(nn.Module):
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
+    def distortion(self, images: torch.Tensor) -> torch.Tensor:
+        """-ln p(x | z) for images and their own tokens, in nats for each 8-bit value, a scalar."""
+        mu, ln_b = self.decoder(self.one_hot(self.encode(images))).chunk(2, dim=1)
+        nats = -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
+        return nats + math.log(255 / (1 - 2 * EPS))  # phi makes a step of 1 / 255 smaller
+
+    @torch.no_grad()
     def elb(self, images: torch.Tensor, tau: float | None = None) -> torch.Tensor:
         """The evidence lower bound (beta = 1) in nats per pixel value, a scalar: the relaxed one
         at temperature tau, or without tau the true one, its codes drawn from q (2.1)."""

@@ -21,7 +21,10 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from powersgd import local
 
 
 def filtered(grad: Tensor) -> Tensor:
@@ -93,11 +96,15 @@ class GradientScales:
         """
         finite = []
         for block, scale in zip(self.blocks, self.scales):
-            grads = [p.grad for p in block.parameters() if p.grad is not None]
+            grads = [local(p.grad) for p in block.parameters() if p.grad is not None]
             finite.append(torch.stack([grad.isfinite().all() for grad in grads]).all())
             for grad in grads:
                 grad /= scale
         finite = torch.stack(finite)
+        if dist.is_initialized():  # on every shard and replica
+            everywhere = finite.int()
+            dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+            finite = everywhere.bool()
         divide = ~finite & (step - self.divided_at >= 125)
         self.scales *= torch.where(
             finite, 2 ** (1 / 1000), torch.where(divide, 1 / math.sqrt(2), 1)
@@ -106,9 +113,9 @@ class GradientScales:
         self.divided_at[divide] = step
         return bool(finite.all())
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"scales": self.scales, "divided_at": self.divided_at}
+    def state_dict(self) -> dict[str, list]:
+        return {"scales": self.scales.tolist(), "divided_at": self.divided_at.tolist()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.scales.copy_(state["scales"])
-        self.divided_at.copy_(state["divided_at"])
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self.scales.copy_(torch.tensor(state["scales"]))
+        self.divided_at.copy_(torch.tensor(state["divided_at"]))

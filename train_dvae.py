@@ -9,6 +9,7 @@ that --resume needs; log.jsonl; dvae.png, originals over reconstructions.
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import checkpoint
 import training
 from data import open_dataset, preprocess_dvae, sheet
 from dvae import DVAE, DVAEConfig, load_dvae
-from training import cosine, images_to
+from parallel import averaging, clip_gradients, replicate
+from training import announce, cosine, images_to
 
 
 @dataclass
@@ -104,7 +107,8 @@ def draw_reconstructions(model: DVAE, images: torch.Tensor, path) -> None:
     rows = []
     for k in range(0, len(images), 8):
         rows += [list(images[k : k + 8].numpy()), list(decoded[k : k + 8])]
-    sheet(rows, scale=max(1, 128 // images.shape[1])).save(path)
+    picture = sheet(rows, scale=max(1, 128 // images.shape[1]))
+    checkpoint.write(path, lambda file: picture.save(file, "PNG"))
 
 
 def main() -> None:
@@ -125,21 +129,19 @@ def main() -> None:
         train, val = open_dataset(spec, hp.image_size, args.val, captions=False)
         prepare_image = partial(prepare, size=hp.image_size)
         samples = training.Samples(train, prepare_image, args.seed)
-        images = training.held_out(training.Samples(val, prepare_image, 0), 512, world)[0]
+        val_images = training.held_out(training.Samples(val, prepare_image, 0), 512, world)[0]
         run_dir = args.run_dir or Path("runs") / preset
         state_path = run_dir / "dvae_state.pt"
         run = {**asdict(hp), "data": spec, "seed": args.seed}
-        state = training.load_state(state_path, run, args.resume, world, "scaler")
-        if state:
-            training.check_config(state_path, state["config"], config)
+        state = training.to_resume(state_path, run, config, args.resume, world, "scaler")
         if args.init_from:
             model = load_dvae(args.init_from)
-            training.check_config(args.init_from, asdict(model.config), config)
+            checkpoint.check_config(args.init_from, asdict(model.config), config)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
-                training.set_aside(
+                checkpoint.set_aside(
                     run_dir, "dvae.pt", "dvae_state.pt", "bpe.json", "prior.pt", "prior_state.pt"
                 )
 
@@ -157,21 +159,20 @@ def main() -> None:
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
     start = 0
     if state:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(state, model, average, optimizer)
         for group in optimizer.param_groups:
             group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        start = state["step"]
+        if state.about["scaler"]:
+            scaler.load_state_dict(state.about["scaler"])
+        start = state.about["step"]
+    loss_of = replicate(model, world.device)
     log = training.Log(run_dir, "dvae", start, world)
     batches = training.micro_batches(
         samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
     )
     accumulate = hp.batch_size // (micro_batch * world.size)
     n_params = sum(p.numel() for p in model.parameters())
-    training.announce(
+    announce(
         world,
         f"dVAE {preset}: {n_params:,} parameters, {config.vocab_size} codes on a grid of "
         f"{hp.image_size // config.factor} × {hp.image_size // config.factor}; data {train.name} "
@@ -183,62 +184,70 @@ def main() -> None:
 
     def save(step: int) -> None:
         weights = {"model": average.module.state_dict(), "step": step}
-        training.save(run_dir / "dvae.pt", about | weights)
+        if world.is_main:
+            checkpoint.save(run_dir / "dvae.pt", about | weights)
         state = {
             "config": asdict(config),
             "run": run,
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "n_averaged": int(average.n_averaged),
             "scaler": scaler.state_dict(),
             "step": step,
         }
-        training.save(state_path, state)
+        tensors = checkpoint.tensors_of(model, average, optimizer)
+        checkpoint.save_state(state_path, state, tensors, sharded=False)
 
     # ---- the loop
     progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
-    for step in range(start, hp.steps):
-        lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
-        lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
-        kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
-        tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for k in range(accumulate):
-            (pixels,), skipped = next(batches)
-            progress.skip(skipped)
-            torch.manual_seed(training.derive(args.seed, "noise", step, world.rank, k))
-            with training.autocast(world, args.dtype):
-                loss, metrics = model.loss(images_to(world.device, pixels), tau, kl_weight)
-            scaler.scale(loss / accumulate).backward()
-            progress.add(metrics)
-        world.average_gradients(model)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        average.update_parameters(model)
+    updates = training.Updates(world, args.dtype)
+    with training.safely(world, micro_batch):
+        for step in range(start, hp.steps):
+            lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
+            lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
+            kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
+            tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for k in range(accumulate):
+                (pixels,), skipped = next(batches)
+                progress.skip(skipped)
+                torch.manual_seed(training.derive(args.seed, "noise", step, world.rank, k))
+                images = images_to(world.device, pixels)
+                with averaging(loss_of, k == accumulate - 1):
+                    with training.autocast(world, args.dtype):
+                        loss, metrics = loss_of(images, tau, kl_weight)
+                    scaler.scale(loss / accumulate).backward()
+                progress.add(metrics)
+            scaler.unscale_(optimizer)
+            finite = clip_gradients(model, math.inf).isfinite().item()  # nothing is clipped here
+            if finite:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if finite:
+                average.update_parameters(model)
+            updates.count(finite, step)
 
-        # ---- log, save, look
-        done = step + 1
-        progress.step(done)
-        stop = interrupt.agreed() if done < hp.steps else 0
-        save_now = done % hp.eval_every == 0 or done == hp.steps or stop
-        if done % hp.log_every == 0 or save_now:
-            values = progress.take()
-            progress.check(values, done)
-            log.write(done, **values, lr=lr, kl_weight=kl_weight, tau=tau)
-        if save_now and world.is_main:
-            with progress.paused():
-                save(done)
-                if not stop:
-                    scores = evaluate(average.module, images, micro_batch, tau)
-                    log.write(done, **scores)
-                    progress.show(**scores)
-                    draw_reconstructions(average.module, images, run_dir / "dvae.png")
-        if stop:
-            progress.close()
-            training.shut_down(world)
-            training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+            # ---- log, save, look
+            done = step + 1
+            progress.step(done)
+            stop = interrupt.agreed() if done < hp.steps else 0
+            save_now = done % hp.eval_every == 0 or done == hp.steps or stop
+            if done % hp.log_every == 0 or save_now:
+                values = progress.take() | updates.take()
+                log.write(done, **values, lr=lr, kl_weight=kl_weight, tau=tau)
+            if save_now and updates.may_save(model, done, hp.steps):
+                with progress.paused():
+                    save(done)
+                    if world.is_main and not stop:
+                        scores = evaluate(average.module, val_images, micro_batch, tau)
+                        log.write(done, **scores)
+                        progress.show(**scores)
+                        with training.going_on(run_dir / "dvae.png"):
+                            draw_reconstructions(average.module, val_images, run_dir / "dvae.png")
+            if stop:
+                progress.close()
+                training.shut_down(world)
+                training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     if world.is_main:
         print(

@@ -10,6 +10,7 @@ prior_state.pt, all that --resume needs; log.jsonl; samples.png, drawn from held
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,15 +18,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import checkpoint
 import training
 from bpe import BPE
 from data import Folder, ToyWorld, open_dataset, preprocess_prior, sheet
 from dvae import DVAE, load_dvae, load_openai
+from parallel import (
+    Loss,
+    averaging,
+    checkpoint_activations,
+    clip_gradients,
+    fill,
+    machine_mesh,
+    replicate,
+    shard,
+)
+from powersgd import PowerSGD
 from scaling import GradientScales
-from training import images_to
+from training import announce, images_to
 from transformer import Transformer, TransformerConfig, load_transformer, pad_text
 
 
@@ -123,6 +139,20 @@ def halving(optimizer: torch.optim.Optimizer, hp: PriorTraining) -> ReduceLROnPl
     )
 
 
+def powersgd(model: Transformer, rank: int, mesh: DeviceMesh | None, seed: int) -> PowerSGD:
+    """Between the machines of a mesh, or between all processes: the matrices of the resblocks are
+    compressed, embeddings, unembeddings, gains and biases are not (E)."""
+    matrices = [(n, p) for n, p in model.blocks.named_parameters() if p.ndim == 2]
+    compressed = {id(p) for _, p in matrices}
+    others = [p for p in model.parameters() if id(p) not in compressed]
+    if mesh is None:
+        return PowerSGD(matrices, others, rank, seed=seed)
+    gpu = mesh["gpu"]
+    return PowerSGD(
+        matrices, others, rank, mesh["machine"].get_group(), gpu.size(), gpu.get_local_rank(), seed
+    )
+
+
 def captions_of(dataset: ToyWorld | Folder, count: int) -> Iterator[str]:
     """The captions of the first `count` samples."""
     for index in range(min(count, len(dataset))):
@@ -130,18 +160,27 @@ def captions_of(dataset: ToyWorld | Folder, count: int) -> Iterator[str]:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, text: torch.Tensor, image: torch.Tensor, chunk: int) -> dict:
-    """Mean losses in nats per token over held-out text [M, T] and image tokens [M, N]."""
-    sums: dict[str, float] = {}
+def evaluate(model: Transformer, text: Tensor, image: Tensor, chunk: int) -> dict[str, float]:
+    """Means in nats per token over held-out text [M, T] and image tokens [M, N]: the two parts of
+    the loss, and the text's for real tokens and for pads. val_nats is −ln p(y, z) of a pair."""
+    of_text, of_image = [], []
     for texts, images in zip(text.split(chunk), image.split(chunk)):
-        _, metrics = model.loss(texts, images)
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0) + value.item() * len(texts)
-    return {f"val_{name}": total / len(text) for name, total in sums.items()}
+        text_logits, image_logits = model(texts, images)
+        of_text.append(F.cross_entropy(text_logits.mT, texts[:, 1:], reduction="none"))
+        of_image.append(F.cross_entropy(image_logits.mT, images, reduction="none"))
+    of_text, of_image = torch.cat(of_text), torch.cat(of_image)
+    is_pad = text[:, 1:] >= model.config.text_vocab
+    return {
+        "val_text_loss": of_text.mean().item(),
+        "val_real_text_loss": of_text[~is_pad].mean().item(),
+        "val_pad_loss": of_text[is_pad].mean().item(),
+        "val_image_loss": of_image.mean().item(),
+        "val_nats": (of_text.sum() + of_image.sum()).item() / len(text),
+    }
 
 
 @torch.no_grad()
-def draw_samples(model: Transformer, dvae: DVAE, text: torch.Tensor, captions, path) -> None:
+def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, captions, path) -> None:
     """16 held-out captions, each above one sample at temperature 1, always the same draws."""
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(text), model.config.grid**2, generator=generator).to(text.device)
@@ -150,13 +189,33 @@ def draw_samples(model: Transformer, dvae: DVAE, text: torch.Tensor, captions, p
     images = images.permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     rows = [list(images[k : k + 8]) for k in range(0, len(images), 8)]
     names = [captions[k : k + 8] for k in range(0, len(images), 8)]
-    sheet(rows, names, scale=max(1, 128 // images.shape[1])).save(path)
+    picture = sheet(rows, names, scale=max(1, 128 // images.shape[1]))
+    checkpoint.write(path, lambda file: picture.save(file, "PNG"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage two: train the prior.")
     training.add_arguments(parser, PRESETS, TransformerConfig, PriorTraining)
     parser.add_argument("--openai-dvae", nargs=2, metavar=("ENC", "DEC"), help="released files")
+    parser.add_argument(
+        "--shard",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="GPUS",
+        help="shard the model among the GPUs of a machine (2.5), or among this many",
+    )  # noqa
+    parser.add_argument(
+        "--powersgd-rank",
+        type=int,
+        metavar="R",
+        help="compress what machines send each other to this rank (E)",
+    )
+    parser.add_argument(
+        "--checkpoint-activations",
+        action="store_true",
+        help="keep only the resblocks' inputs, compute the rest again (2.4)",
+    )
     args = parser.parse_args()
 
     # ---- what to run
@@ -172,7 +231,7 @@ def main() -> None:
             if not (run_dir / "dvae.pt").is_file():
                 command = f"python train_dvae.py --run-dir {run_dir}"
                 raise ValueError(f"{run_dir} holds no dvae.pt; train it with: {command}")
-            about, dvae = training.load(run_dir / "dvae.pt"), load_dvae(run_dir / "dvae.pt")
+            about, dvae = checkpoint.load(run_dir / "dvae.pt"), load_dvae(run_dir / "dvae.pt")
         dvae = dvae.requires_grad_(False).to(world.device)
         preset, spec = args.preset or about.get("preset"), args.data or about.get("data")
         if preset not in PRESETS or not spec or "image_size" not in about:
@@ -186,9 +245,19 @@ def main() -> None:
         hp = training.choose(PriorTraining, PRESETS[preset], args)
         config = training.choose(TransformerConfig, PRESETS[preset], args)
         micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world)
+        mesh = machine_mesh(world.device, args.shard) if args.shard is not None else None
+        if args.powersgd_rank is not None:
+            machines, gpus = (
+                (mesh["machine"].size(), mesh["gpu"].size()) if mesh else (world.size, 1)
+            )
+            if machines == 1 or args.powersgd_rank < 1 or args.powersgd_rank % gpus:
+                raise ValueError(
+                    f"--powersgd-rank {args.powersgd_rank} on {machines} machine(s) of {gpus}: "
+                    f"expected several machines, and a multiple of {gpus}"
+                )
         train, val = open_dataset(spec, size, args.val)
         bpe, origin = find_bpe(run_dir, args, hp, config, train, world)
-        training.announce(
+        announce(
             world,
             f"taking {'OpenAI' if args.openai_dvae else run_dir}'s dVAE, preset {preset}, "
             f"data {train.name}, {origin}",
@@ -196,14 +265,12 @@ def main() -> None:
         config = replace(config, text_vocab=bpe.vocab_size)
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state_path = run_dir / "prior_state.pt"
-        state = training.load_state(
-            state_path, run, args.resume, world, "plateau", "window", "scales"
+        state = training.to_resume(
+            state_path, run, config, args.resume, world, "plateau", "window", "scales"
         )
-        if state:
-            training.check_config(state_path, state["config"], config)
         if args.init_from:
             model = load_transformer(args.init_from)
-            training.check_config(args.init_from, asdict(model.config), config)
+            checkpoint.check_config(args.init_from, asdict(model.config), config)
         options = dict(size=size, bpe=bpe, text_len=config.text_len)
         samples = training.Samples(
             train, partial(prepare, dropout=hp.bpe_dropout, **options), args.seed
@@ -214,10 +281,10 @@ def main() -> None:
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
-                training.set_aside(run_dir, "prior.pt", "prior_state.pt")
+                checkpoint.set_aside(run_dir, "prior.pt", "prior_state.pt", "prior_state")
             if args.openai_dvae and not state:
-                training.set_aside(run_dir, "dvae.pt", "dvae_state.pt")
-                training.save(run_dir / "dvae.pt", about)
+                checkpoint.set_aside(run_dir, "dvae.pt", "dvae_state.pt")
+                checkpoint.save(run_dir / "dvae.pt", about)
             bpe.save(run_dir / "bpe.json")
 
     # ---- model and optimizer
@@ -225,32 +292,49 @@ def main() -> None:
     if not args.init_from:
         torch.manual_seed(args.seed)
         model = Transformer(config)
-    model = model.to(world.device).train()
+    if mesh:
+        weights = model.state_dict() if world.is_main else {}
+        with torch.device("meta"):
+            model = Transformer(config)
+    model = model.to("meta" if mesh else world.device).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
+    if mesh:  # (2.5)
+        among = mesh["gpu"] if args.powersgd_rank else mesh
+        for sharded in (model, average.module):
+            shard(sharded, among, world.device)
+            fill(sharded, weights)
+    scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
+    if args.checkpoint_activations:
+        checkpoint_activations(model.blocks)
+    compressor = None
+    if args.powersgd_rank:  # (E)
+        compressor = powersgd(model, args.powersgd_rank, mesh, args.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
     )
     plateau = halving(optimizer, hp)
-    scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
-    start, window = 0, torch.zeros((), device=world.device)
+    start, window = 0, torch.zeros(2, device=world.device)  # the sum of the losses, and how many
     if state:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        plateau.load_state_dict(state["plateau"])
+        checkpoint.restore(state, model, average, optimizer, compressor)
+        plateau.load_state_dict(state.about["plateau"])
         for group in optimizer.param_groups:
             group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
-            group["lr"] *= hp.lr / state["run"]["lr"]
-        if scales and state["scales"]:
-            scales.load_state_dict(state["scales"])
-        start, window = state["step"], state["window"].to(world.device)
+            group["lr"] *= hp.lr / state.about["run"]["lr"]
+        if scales and state.about["scales"]:
+            scales.load_state_dict(state.about["scales"])
+        start = state.about["step"]
+        window += torch.tensor(state.about["window"], device=world.device)
+    loss_of = Loss(model) if mesh else replicate(model, world.device)
 
     @torch.no_grad()
     def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
         return dvae.encode(images_to(world.device, pixels)).flatten(1)
 
     val_text = val_text.to(world.device)
-    val_image = torch.cat([tokens_of(chunk) for chunk in val_pixels.split(micro_batch)])
+    chunks = val_pixels.split(micro_batch)
+    val_image = torch.cat([tokens_of(chunk) for chunk in chunks])
+    distortion = sum(len(c) * dvae.distortion(images_to(world.device, c)).item() for c in chunks)
+    distortion /= len(val_pixels)
     shown = min(16, len(val_text))
     shown_captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]]
     log = training.Log(run_dir, "prior", start, world)
@@ -260,7 +344,7 @@ def main() -> None:
     accumulate = hp.batch_size // (micro_batch * world.size)
     positions = config.text_len + grid**2
     n_params = sum(p.numel() for p in model.parameters())
-    training.announce(
+    announce(
         world,
         f"prior {preset}: {n_params:,} parameters, {config.n_layer} layers, d = {config.d_model}, "
         f"{config.text_len} text and {grid} × {grid} image tokens, {bpe.vocab_size} pieces of "
@@ -271,82 +355,94 @@ def main() -> None:
     about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
 
     def save(step: int) -> None:
-        weights = {"model": average.module.state_dict(), "step": step}
-        training.save(run_dir / "prior.pt", about | weights)
+        weights = checkpoint.whole(average.module) if mesh else average.module.state_dict()
+        if world.is_main:
+            checkpoint.save(run_dir / "prior.pt", about | {"model": weights, "step": step})
         state = {
             "config": asdict(config),
             "run": run,
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "n_averaged": int(average.n_averaged),
             "plateau": plateau.state_dict(),
-            "window": window,
+            "window": window.tolist(),
             "scales": scales and scales.state_dict(),
+            "errors": compressor is not None,
             "step": step,
         }
-        training.save(state_path, state)
+        tensors = checkpoint.tensors_of(model, average, optimizer, compressor)
+        checkpoint.save_state(state_path, state, tensors, sharded=mesh is not None)
 
     # ---- the loop
     progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
-    for step in range(start, hp.steps):
-        if step < hp.warmup_steps:
-            for group in optimizer.param_groups:
-                group["lr"] = hp.lr * (step + 1) / hp.warmup_steps
-        step_loss = torch.zeros((), device=world.device)
-        for _ in range(accumulate):
-            (pixels, text, was_cut), skipped = next(batches)
-            progress.skip(skipped)
-            progress.cut += int(was_cut.sum())
-            image = tokens_of(pixels)
-            with training.autocast(world, args.dtype):
-                loss, metrics = model.loss(text.to(world.device), image)
-            (loss / accumulate).backward()
-            step_loss += loss.detach() / accumulate
-            progress.add(metrics)
-        window += world.mean(step_loss)
-        world.average_gradients(model)
-        finite = scales is None or scales.finish(step)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), hp.clip)
-        if finite and norm.isfinite():
-            optimizer.step()
-        optimizer.zero_grad()
+    updates = training.Updates(world, args.dtype)
+    with training.safely(world, micro_batch):
+        for step in range(start, hp.steps):
+            if step < hp.warmup_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = hp.lr * (step + 1) / hp.warmup_steps
+            step_loss = torch.zeros((), device=world.device)
+            for k in range(accumulate):
+                (pixels, text, was_cut), skipped = next(batches)
+                progress.skip(skipped)
+                progress.cut += int(was_cut.sum())
+                text, image = text.to(world.device), tokens_of(pixels)
+                with averaging(loss_of, k == accumulate - 1 and not compressor):
+                    with training.autocast(world, args.dtype):
+                        loss, metrics = loss_of(text, image)
+                    (loss / accumulate).backward()
+                step_loss += loss.detach() / accumulate
+                progress.add(metrics)
+            finite = scales is None or scales.finish(step)
+            if compressor:
+                compressor.average_gradients()
+            norm = clip_gradients(model, hp.clip)
+            finite = finite and norm.isfinite().item()
+            if finite:
+                optimizer.step()
+                window += torch.stack([world.mean(step_loss), torch.ones_like(step_loss)])
+            optimizer.zero_grad()
+            updates.count(finite, step)
 
-        done = step + 1
-        if done % hp.ema_every == 0 or average.n_averaged == 0:
-            average.update_parameters(model)
-        if done % hp.plateau_steps == 0:
-            if done >= hp.warmup_steps:
-                plateau.step(window.item() / hp.plateau_steps)
-            window.zero_()
+            done = step + 1
+            if done % hp.ema_every == 0 or average.n_averaged == 0:
+                average.update_parameters(model)
+            if done % hp.plateau_steps == 0:
+                if done >= hp.warmup_steps:
+                    plateau.step((window[0] / window[1]).item())
+                window.zero_()
 
-        # ---- log, save, look
-        progress.step(done)
-        stop = interrupt.agreed() if done < hp.steps else 0
-        save_now = done % hp.eval_every == 0 or done == hp.steps or stop
-        if done % hp.log_every == 0 or save_now:
-            values = progress.take()
-            progress.check(values, done)
-            if scales:
-                values["log2_scales"] = scales.scales.log2().tolist()
-            log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-        if save_now and world.is_main:
-            with progress.paused():
-                save(done)
-                if not stop:
-                    scores = evaluate(average.module, val_text, val_image, micro_batch)
-                    log.write(done, **scores)
-                    progress.show(**scores)
-                    draw_samples(
-                        average.module,
-                        dvae,
-                        val_text[:shown],
-                        shown_captions,
-                        run_dir / "samples.png",
-                    )
-        if stop:
-            progress.close()
-            training.shut_down(world)
-            training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+            # ---- log, save, look
+            progress.step(done)
+            stop = interrupt.agreed() if done < hp.steps else 0
+            save_now = done % hp.eval_every == 0 or done == hp.steps or stop
+            if done % hp.log_every == 0 or save_now:
+                values = progress.take() | updates.take()
+                if scales:
+                    values["log2_scales"] = scales.scales.log2().tolist()
+                log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
+            if save_now and updates.may_save(model, done, hp.steps):
+                with progress.paused():
+                    save(done)
+                    if not stop:
+                        scores = evaluate(average.module, val_text, val_image, micro_batch)
+                        if mesh:
+                            average.module.reshard()  # the root stays gathered after a forward
+                        nats = scores.pop("val_nats") / val_pixels[0].numel() + distortion
+                        scores["val_bits_per_dim"] = nats / math.log(2)
+                        log.write(done, **scores)
+                        progress.show(**scores)
+                    if not stop and world.is_main and not mesh:
+                        with training.going_on(run_dir / "samples.png"):
+                            draw_samples(
+                                average.module,
+                                dvae,
+                                val_text[:shown],
+                                shown_captions,
+                                run_dir / "samples.png",
+                            )
+            if stop:
+                progress.close()
+                training.shut_down(world)
+                training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
     progress.close()
     if world.is_main:
         print(

@@ -11,8 +11,10 @@ What is not here: the loop itself, which each trainer spells out.
 """
 
 import argparse
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -32,12 +34,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import checkpoint
+from powersgd import local
+
 # ----------------------------------------------------------------------------- the door
 
 
-def fail(message: str, code: int = 2) -> None:
-    """End with one line on standard error. Under torchrun each machine's first rank speaks."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+def fail(message: str, code: int = 2, alone: bool = False) -> None:
+    """End with one line on standard error. Under torchrun each machine's first rank speaks, unless
+    the trouble is this process's alone."""
+    if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -155,16 +161,6 @@ class World:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def average_gradients(self, model: nn.Module) -> None:
-        """Replace each gradient by its mean over the processes."""
-        if self.size == 1:
-            return
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for grad, mean in zip(grads, (flat / self.size).split([g.numel() for g in grads])):
-            grad.copy_(mean.view_as(grad))
-
 
 def pick_device(name: str | None) -> torch.device:
     """The named device, or the best one there. ValueError for one that is not there."""
@@ -190,6 +186,85 @@ def launch(device_name: str | None) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def safely(world: World, micro_batch: int):
+    """Around a run: out of memory, a full disk or data without a readable sample end it with one
+    line and exit code 1; what was saved before stays."""
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        trouble = error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what the CPU's allocator says
+            raise
+        trouble = error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[-1]  # of the traceback a loading process sends
+        fail(f"{reason}; what was saved before is kept", 1, alone=True)
+    fail(
+        f"out of memory on {world.device} with {micro_batch} samples at once: try --micro-batch "
+        f"{max(1, micro_batch // 2)}, which makes the same updates; what was saved before is kept "
+        f"({str(trouble).splitlines()[0]})",
+        1,
+        alone=True,
+    )
+
+
+def to_resume(
+    path: Path, run: dict, config, wanted: bool, world: World, *keys: str
+) -> checkpoint.State | None:
+    """The state to go on from, if that is wanted and there is one; it is a run of `config`.
+
+    `run` holds the settings of this run; where they differ from those of the state, it is said.
+    """
+    state = checkpoint.find_state(path, run, *keys) if wanted else None
+    if state is None:
+        if wanted:
+            announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
+        return None
+    checkpoint.check_config(state.path, state.about["config"], config)
+    for name, value in run.items():
+        if value != state.about["run"].get(name):
+            was = state.about["run"].get(name)
+            announce(world, f"resuming with {name} {value}; it was {was}")
+    return state
+
+
+class Updates:
+    """Counts the updates that were skipped because a loss or gradient was not finite, and ends
+    the run after too many in a row."""
+
+    def __init__(self, world: World, dtype: str):
+        self.world, self.skipped, self.in_a_row = world, 0, 0
+        # in float16 a scale that is too large takes up to 125 updates for each division by √2 (D)
+        self.most = 2000 if dtype == "fp16" else 100
+
+    def count(self, made: bool, step: int) -> None:
+        """Whether the update of this step was made; the same on every rank."""
+        self.in_a_row = 0 if made else self.in_a_row + 1
+        self.skipped += not made
+        if self.in_a_row == self.most:
+            fail(
+                f"losses or gradients have not been finite since step {step + 2 - self.most}, "
+                f"for {self.most} updates in a row; the last good checkpoint is kept. Try "
+                "--resume with a smaller --lr",
+                1,
+            )
+
+    def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
+        """Whether the weights are finite on every rank: others must not replace good ones."""
+        good = all(bool(local(p).isfinite().all()) for p in model.parameters())
+        good = not self.world.max(int(not good))
+        if not good and done == steps:
+            fail("the weights are not finite; the last good checkpoint is kept", 1)
+        return good
+
+    def take(self) -> dict[str, int]:
+        """What to log: nothing while all is well."""
+        return {"skipped_updates": self.skipped} if self.skipped else {}
 
 
 class Interrupt:
@@ -269,6 +344,12 @@ def collate(items: list) -> tuple[list[Tensor], list[str]]:
     return tensors, [message for _, skipped in items for message in skipped]
 
 
+def stop_loading() -> None:
+    """At exit, after an exception too: multiprocessing would send SIGTERM and wait for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def ignore_signals(_: int) -> None:
     """In a data loading process: they are for the trainer, which saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -296,6 +377,7 @@ def micro_batches(
         for step in range(start, steps)
         for offset in range(world.rank * micro_batch, batch_size, world.size * micro_batch)
     )
+    atexit.register(stop_loading)
     return iter(
         DataLoader(
             samples,
@@ -344,72 +426,16 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-# ----------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------- the log
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load(path: Path) -> dict:
-    """Read a checkpoint: tensors and plain data only. ValueError for anything else."""
+@contextmanager
+def going_on(path: Path):
+    """Around the writing of what a run can do without: a failure is said, and training goes on."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
-    return state
-
-
-def load_state(path: Path, run: dict, resume: bool, world: World, *keys: str) -> dict | None:
-    """The training state to continue from, if that is asked for and there is one; it holds `keys`.
-
-    `run` holds the settings of this run; where they differ from those of the state, it is said.
-    """
-    if not resume:
-        return None
-    if not path.exists():
-        announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
-        return None
-    state = load(path)
-    if not {"config", "run", "model", "average", "optimizer", "step", *keys} <= state.keys():
-        raise ValueError(f"{path} is not the state of a run: expected what --resume needs")
-    if state["step"] >= run["steps"]:
-        raise ValueError(f"{path} is at step {state['step']} already: give --steps above that")
-    for name, value in run.items():
-        if value != state["run"].get(name):
-            announce(world, f"resuming with {name} {value}; it was {state['run'].get(name)}")
-    return state
-
-
-def check_config(path: Path, found: dict, expected) -> None:
-    """ValueError unless the config in a file is the one that was asked for."""
-    differ = [
-        f"{name} {found.get(name)} (expected {value})"
-        for name, value in asdict(expected).items()
-        if found.get(name) != value
-    ]
-    if differ:
-        raise ValueError(f"{path} holds a model of other sizes: {', '.join(differ)}")
-
-
-def set_aside(run_dir: Path, *names: str) -> None:
-    """Keep what an earlier run left under these names, as NAME.old."""
-    moved = [name for name in names if (run_dir / name).exists()]
-    for name in moved:
-        os.replace(run_dir / name, run_dir / (name + ".old"))
-    if moved:
-        print(f"{run_dir} holds an earlier run: kept as {', '.join(f'{n}.old' for n in moved)}")
+        yield
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error}); going on without", file=sys.stderr)
 
 
 class Log:
@@ -420,10 +446,11 @@ class Log:
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
         self.is_main = world.is_main
         if self.is_main and self.path.exists():
-            kept = [line for line in self.path.open() if self.precedes(line, start)]
-            self.path.write_text("".join(kept))
+            with going_on(self.path):
+                kept = [line for line in self.path.open("rb") if self.precedes(line, start)]
+                checkpoint.write(self.path, lambda file: file.writelines(kept))
 
-    def precedes(self, line: str, start: int) -> bool:
+    def precedes(self, line: bytes, start: int) -> bool:
         try:
             entry = json.loads(line)
             return entry["stage"] != self.stage or entry["step"] <= start
@@ -434,8 +461,9 @@ class Log:
         if self.is_main:
             seconds = round(time.time() - self.begin, 1)
             entry = {"stage": self.stage, "step": step, "seconds": seconds, **values}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            with going_on(self.path):
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
 
 
 # ----------------------------------------------------------------------------- what is seen
@@ -446,7 +474,16 @@ def announce(world: World, message: str) -> None:
         print(message, flush=True)
 
 
-SHOWN = ("loss", "psnr", "text_loss", "image_loss", "val_psnr", "codes", "val_image_loss")
+SHOWN = (
+    "loss",
+    "skipped_updates",
+    "psnr",
+    "text_loss",
+    "image_loss",
+    "val_psnr",
+    "codes",
+    "val_image_loss",
+)
 
 
 class Progress:
@@ -503,12 +540,6 @@ class Progress:
         self.shown |= values
         shown = {k: f"{v:.4g}" for k, v in self.shown.items() if k in SHOWN or "_per_" in k}
         self.bar.set_postfix(shown, refresh=False)
-
-    def check(self, values: dict[str, float], done: int) -> None:
-        """End a run whose loss is no number any more, before it is saved."""
-        if not math.isfinite(values["loss"]):
-            self.bar.close()
-            fail(f"the loss is {values['loss']} by step {done}; what was saved before is kept", 1)
 
     def close(self) -> None:
         self.bar.close()

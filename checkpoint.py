@@ -1,0 +1,225 @@
+"""
+Files that a run leaves behind: written whole or not at all, read without running anything in them.
+
+A checkpoint NAME.pt holds tensors and plain data, and its archive's sums are checked before it is
+read. The state of a run, which --resume goes on from, is such a file too, NAME_state.pt; where the
+model is sharded it is a folder, NAME_state, to which every process writes its shards
+(torch.distributed.checkpoint). Either can be resumed by any number of processes, sharded or not.
+"""
+
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.optim.swa_utils import AveragedModel
+
+from powersgd import PowerSGD
+
+# ----------------------------------------------------------------------------- files
+
+
+def write(path: Path, put: Callable) -> None:
+    """Write a file whole or not at all: `put(file)` writes its bytes. OSError where it cannot be
+    written; what was there before stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        temporary.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
+        raise OSError(f"{path} cannot be written ({reason})") from error
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint. OSError as in `write`."""
+    write(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint: tensors and plain data only. ValueError for anything else, and for a
+    damaged file: torch.load itself checks no sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its part {damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
+    return state
+
+
+def check_config(path: Path, found: dict, expected) -> None:
+    """ValueError unless the config in a file is the one that was asked for."""
+    differ = [
+        f"{name} {found.get(name)} (expected {value})"
+        for name, value in asdict(expected).items()
+        if found.get(name) != value
+    ]
+    if differ:
+        raise ValueError(f"{path} holds a model of other sizes: {', '.join(differ)}")
+
+
+def set_aside(run_dir: Path, *names: str) -> None:
+    """Keep what an earlier run left under these names, as NAME.old."""
+    moved = [name for name in names if (run_dir / name).exists()]
+    for name in moved:
+        shutil.rmtree(run_dir / (name + ".old"), ignore_errors=True)
+        os.replace(run_dir / name, run_dir / (name + ".old"))
+    if moved:
+        print(f"{run_dir} holds an earlier run: kept as {', '.join(f'{n}.old' for n in moved)}")
+
+
+# ----------------------------------------------------------------------------- a run's state
+
+
+@dataclass
+class State:
+    """A run's state as it was found: `about` is plain data, `tensors` is None for a folder."""
+
+    path: Path
+    about: dict
+    tensors: dict | None
+
+
+def tensors_of(
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    compressor: PowerSGD | None = None,
+) -> dict:
+    """The tensors of a run's state, by the model's own names; shards where it is sharded."""
+    weights, moments = get_state_dict(model, optimizer)
+    tensors = {
+        "model": weights,
+        "average": get_model_state_dict(average.module),
+        "optimizer": moments,
+    }
+    if compressor:
+        tensors["errors"] = compressor.state_dict()
+    return tensors
+
+
+def save_state(path: Path, about: dict, tensors: dict, sharded: bool) -> None:
+    """Save NAME_state.pt, or the folder NAME_state where the tensors are sharded; `path` is the
+    former's. For all ranks to call. OSError as in `write`."""
+    folder, main = path.with_suffix(""), not dist.is_initialized() or dist.get_rank() == 0
+    if not sharded:
+        if main:
+            save(path, about | tensors)
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".previous")
+    if main:
+        shutil.rmtree(new, ignore_errors=True)
+    dist.barrier()
+    dcp.save(tensors, checkpoint_id=new)
+    if main:
+        sums = {file.name: crc32(file) for file in sorted(new.glob("*.distcp"))}
+        text = json.dumps({"sums": sums, "about": about})
+        write(new / "about.json", lambda file: file.write(text.encode()))
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    dist.barrier()
+
+
+def crc32(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            total = zlib.crc32(block, total)
+    return total
+
+
+def find_state(path: Path, run: dict, *keys: str) -> State | None:
+    """The newest state at NAME_state.pt or NAME_state, None where there is none yet.
+
+    Its `about` holds `keys`. ValueError where it is no state, damaged, or of a run that is done.
+    """
+    folder = path.with_suffix("")
+    folders = [folder, folder.with_name(folder.name + ".previous")]
+    found = [p for p in (path, *folders) if p.exists()]
+    if not found:
+        return None
+    newest = max(found, key=lambda p: p.stat().st_mtime)
+    if newest == path:
+        about, tensors = load(path), {}
+        for name in ("model", "average", "optimizer", "errors"):
+            tensors[name] = about.pop(name, None)
+    else:
+        try:
+            saved, tensors = json.loads((newest / "about.json").read_text()), None
+            about, sums = saved["about"], saved["sums"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{newest} is not the state of a run ({error})") from error
+        for name, total in sums.items():
+            if not (newest / name).is_file() or crc32(newest / name) != total:
+                raise ValueError(f"{newest} is damaged: {name} is not as it was written")
+    if not {"config", "run", "step", "n_averaged", *keys} <= about.keys():
+        raise ValueError(f"{newest} is not the state of a run: expected what --resume needs")
+    if about["step"] >= run["steps"]:
+        raise ValueError(f"{newest} is at step {about['step']} already: give --steps above that")
+    return State(newest, about, tensors)
+
+
+def restore(
+    state: State,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizer: torch.optim.Optimizer,
+    compressor: PowerSGD | None = None,
+) -> None:
+    """Bring a run's tensors back to where its state says they were. For all ranks to call."""
+    if not state.about.get("errors"):
+        compressor = None
+    tensors, options = state.tensors, StateDictOptions(full_state_dict=True)
+    if tensors is None:
+        tensors, options = tensors_of(model, average, optimizer, compressor), None
+        dcp.load(tensors, checkpoint_id=state.path)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=tensors["optimizer"],
+        options=options,
+    )
+    set_model_state_dict(average.module, tensors["average"], options=options)
+    average.n_averaged.fill_(state.about["n_averaged"])
+    if compressor:
+        compressor.load_state_dict(tensors["errors"])
+
+
+def whole(model: nn.Module) -> dict:
+    """The weights of a model, gathered from its shards, on rank 0's host. For all ranks to call."""
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )

@@ -1,0 +1,108 @@
+"""
+One model on many GPUs (2.5, Fig. 5).
+
+Small models are replicated: every GPU holds all of the model, and the gradients are averaged
+while the backward pass runs (DDP). Large ones are sharded among the GPUs of a machine (FSDP2): a
+resblock's parameters are gathered just before they are used and dropped after it, its gradients
+are reduced to the shards, and the machines average the gradients of their shards, as they are or
+by PowerSGD (see powersgd.py).
+
+    machine 1   [ shard 1 | shard 2 | … | shard m ]
+    machine 2   [ shard 1 | shard 2 | … | shard m ]     average down each column
+
+What is not here: the paper's kernels and 16-bit parameters. Parameters are gathered in 32 bits,
+and autocast casts them for each product.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+# A block's output is only ever added to something, never changed in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+class Loss(nn.Module):
+    """A model's loss as a forward pass, which is where DDP comes in."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(*batch)
+
+
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """The loss of a model that every process holds whole, the same in each."""
+    if not dist.is_initialized():
+        return Loss(model)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(Loss(model), ids, broadcast_buffers=False)
+
+
+def averaging(loss: nn.Module, wanted: bool):
+    """Around a forward and backward pass: whether replicas average their gradients in it."""
+    apart = isinstance(loss, DistributedDataParallel) and not wanted
+    return loss.no_sync() if apart else nullcontext()
+
+
+def machine_mesh(device: torch.device, shards: int | None) -> DeviceMesh:
+    """The processes as [machine, gpu]; `shards` neighbours make a machine, by default those that
+    torchrun started on this one. ValueError where they do not divide the processes."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    shards = shards or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if shards < 1 or size % shards:
+        raise ValueError(f"--shard {shards}: {size} process(es) cannot be parted into such groups")
+    if size == 1:
+        raise ValueError("--shard needs several processes: start them with torchrun")
+    names = ("machine", "gpu")
+    return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=names)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard a model built on `meta`, each resblock of its own, and make room for it on `device`.
+
+    mesh: [gpu] of this machine, or [machine, gpu], where the machines are to average as well.
+    """
+    for i, block in enumerate(model.blocks):
+        # Shards are of the output's axis, but for the second matrix of an MLP (Table 2).
+        second = block.out.weight if i % 2 else None
+        fully_shard(
+            block, mesh=mesh, shard_placement_fn=lambda p, second=second: Shard(int(p is second))
+        )
+    fully_shard(model, mesh=mesh)
+    for block, following in zip(model.blocks, model.blocks[1:]):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+    model.to_empty(device=device)
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Hand out the weights that rank 0 holds to the shards of all."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(weights) if dist.get_rank() == 0 else {}, options=options)
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Keep only each resblock's input, and compute the rest again in the backward pass (2.4)."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the gradients to a norm of at most `most`; the norm before, over all shards."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
