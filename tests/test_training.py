@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import checkpoint
 import train_dvae
 import train_prior
 import training
@@ -163,8 +164,8 @@ def test_batch_sizes_must_divide():
 
 def test_checkpoints_are_whole_or_refused(tmp_path):
     path = tmp_path / "state.pt"
-    training.save(path, {"a": torch.arange(3), "step": 1})
-    assert training.load(path)["a"].tolist() == [0, 1, 2]
+    checkpoint.save(path, {"a": torch.arange(3), "step": 1})
+    assert checkpoint.load(path)["a"].tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
     class Unsaveable:
@@ -172,14 +173,14 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        training.save(path, {"a": Unsaveable()})
-    assert training.load(path)["step"] == 1
+        checkpoint.save(path, {"a": Unsaveable()})
+    assert checkpoint.load(path)["step"] == 1
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cannot be read"):
-        training.load(path)
+        checkpoint.load(path)
     torch.save(ALONE, path)  # an object, for which reading would have to run code
     with pytest.raises(ValueError, match="cannot be read"):
-        training.load(path)
+        checkpoint.load(path)
 
 
 def test_log_drops_what_is_run_again(tmp_path):

@@ -1,0 +1,89 @@
+"""Replicated, sharded, compressed, resumed by more or fewer processes: the same run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train_prior
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
+SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]
+
+
+def new_run(run_dir):
+    run_dir.mkdir()
+    for name in ("bpe.json", "dvae.pt"):
+        shutil.copy(ROOT / "pretrained/tiny" / name, run_dir)
+    return run_dir
+
+
+def alone(monkeypatch, run_dir, *options):
+    command = ["train_prior.py", *SMALL, "--run-dir", str(run_dir), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    train_prior.main()
+
+
+def together(run_dir, *options, processes=2):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "train_prior.py", *SMALL, "--run-dir", str(run_dir), *options]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(run_dir):
+    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [e["loss"] for e in entries if "loss" in e]
+
+
+def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
+    """Losses to 1e-5 over 10 steps: alone; replicated, with gradients between the two compressed
+    at full rank; sharded, with activations computed again. Saved on two and resumed on one, and
+    back, through both kinds of state."""
+    one = new_run(tmp_path / "one")
+    alone(monkeypatch, one, "--steps", "5")
+    half = shutil.copytree(one, tmp_path / "half")
+    alone(monkeypatch, one, "--steps", "10", "--resume")
+    expected = losses(one)
+    assert len(expected) == 10 and expected[-1] < expected[0]
+
+    replicated = new_run(tmp_path / "replicated")
+    together(replicated, "--steps", "10", "--micro-batch", "2", "--powersgd-rank", "128")
+    assert losses(replicated) == pytest.approx(expected, abs=1e-5)
+    errors = checkpoint.load(replicated / "prior_state.pt")["errors"]
+    assert 0 < max(e.abs().max() for e in errors.values()) < 1e-4
+
+    sharded = new_run(tmp_path / "sharded")
+    together(sharded, "--steps", "5", "--shard", "--checkpoint-activations")
+    assert (sharded / "prior_state").is_dir() and not (sharded / "prior_state.pt").exists()
+    alone(monkeypatch, sharded, "--steps", "10", "--resume")
+    assert losses(sharded) == pytest.approx(expected, abs=1e-5)
+    assert (sharded / "prior_state.pt").exists() and not (sharded / "prior_state").exists()
+
+    together(half, "--steps", "10", "--resume", "--shard", "1")
+    assert losses(half) == pytest.approx(expected, abs=1e-5)
+    whole = checkpoint.load(one / "prior.pt")["model"]
+    for name, value in checkpoint.load(half / "prior.pt")["model"].items():
+        assert torch.allclose(value, whole[name], atol=1e-4), name
+
+    # a flipped bit in one of the shards is seen before anything is done
+    part = next((half / "prior_state").glob("__0_*.distcp"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 4
+    part.write_bytes(data)
+    with pytest.raises(SystemExit, match="2"):
+        alone(monkeypatch, half, "--steps", "12", "--resume")
