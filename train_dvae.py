@@ -19,6 +19,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
+import plan
 import training
 from data import open_dataset, preprocess_dvae, sheet
 from dvae import DVAE, DVAEConfig, load_dvae
@@ -111,10 +112,42 @@ def draw_reconstructions(model: DVAE, images: torch.Tensor, path) -> None:
     checkpoint.write(path, lambda file: picture.save(file, "PNG"))
 
 
+def print_plan(args: argparse.Namespace) -> None:
+    """Parameters, operations and memory of a run on --plan GPUs."""
+    preset = PRESETS[args.preset or "small"]
+    config, hp = (
+        training.choose(DVAEConfig, preset, args),
+        training.choose(DVAETraining, preset, args),
+    )
+    micro_batch = training.check_batches(hp.batch_size, args.micro_batch, args.plan)
+    data = args.data or "toy"
+    model, cost = plan.dvae_cost(config, hp.image_size, micro_batch)
+    print(
+        plan.table(
+            model,
+            cost,
+            gpus=args.plan,
+            shards=1,
+            batch_size=hp.batch_size,
+            micro_batch=micro_batch,
+            steps=hp.steps,
+            tokens=(hp.image_size // config.factor) ** 2,
+            images=len(open_dataset(data, hp.image_size, captions=False)[0]),
+            bits=32 if args.dtype == "fp32" else 16,
+            gpu_memory=args.gpu_memory,
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage one: train the dVAE.")
     training.add_arguments(parser, PRESETS, DVAEConfig, DVAETraining)
+    training.add_plan(parser)
     args = parser.parse_args()
+    if args.plan is not None:
+        with training.door():
+            print_plan(args)
+        return
 
     # ---- what to run
     with training.door():
@@ -124,7 +157,7 @@ def main() -> None:
         hp = training.choose(DVAETraining, PRESETS[preset], args)
         if hp.image_size % config.factor:
             raise ValueError(f"--image-size {hp.image_size} is not a multiple of {config.factor}")
-        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world)
+        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world.size)
         spec = args.data or "toy"
         train, val = open_dataset(spec, hp.image_size, args.val, captions=False)
         prepare_image = partial(prepare, size=hp.image_size)

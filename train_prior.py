@@ -25,10 +25,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
+import plan
+import train_dvae
 import training
 from bpe import BPE
 from data import Folder, ToyWorld, open_dataset, preprocess_prior, sheet
-from dvae import DVAE, load_dvae, load_openai
+from dvae import DVAE, DVAEConfig, load_dvae, load_openai
 from parallel import (
     Loss,
     averaging,
@@ -193,6 +195,38 @@ def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, captions, path) -
     checkpoint.write(path, lambda file: picture.save(file, "PNG"))
 
 
+def print_plan(args: argparse.Namespace) -> None:
+    """Parameters, operations and memory of a run on --plan GPUs, of which --shard (8, as in the
+    paper, where no number is given) hold the model together."""
+    preset = args.preset or "small"
+    dvae = training.choose(DVAEConfig, train_dvae.PRESETS[preset], args)
+    size = training.choose(train_dvae.DVAETraining, train_dvae.PRESETS[preset], args).image_size
+    fits = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
+    config = training.choose(TransformerConfig, PRESETS[preset] | fits, args)
+    hp = training.choose(PriorTraining, PRESETS[preset], args)
+    micro_batch = training.check_batches(hp.batch_size, args.micro_batch, args.plan)
+    shards = 1 if args.shard is None else args.shard or min(8, args.plan)
+    if shards < 1 or args.plan % shards:
+        raise ValueError(f"--shard {shards} does not divide --plan {args.plan}")
+    model, cost = plan.prior_cost(config, micro_batch, args.checkpoint_activations)
+    print(
+        plan.table(
+            model,
+            cost,
+            gpus=args.plan,
+            shards=shards,
+            batch_size=hp.batch_size,
+            micro_batch=micro_batch,
+            steps=hp.steps,
+            tokens=config.text_len + config.grid**2,
+            images=len(open_dataset(args.data or "toy", size)[0]),
+            bits=32 if args.dtype == "fp32" else 16,
+            gpu_memory=args.gpu_memory,
+            powersgd_rank=args.powersgd_rank,
+        )
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage two: train the prior.")
     training.add_arguments(parser, PRESETS, TransformerConfig, PriorTraining)
@@ -216,7 +250,12 @@ def main() -> None:
         action="store_true",
         help="keep only the resblocks' inputs, compute the rest again (2.4)",
     )
+    training.add_plan(parser)
     args = parser.parse_args()
+    if args.plan is not None:
+        with training.door():
+            print_plan(args)
+        return
 
     # ---- what to run
     with training.door():
@@ -244,7 +283,7 @@ def main() -> None:
             setattr(args, name, value)
         hp = training.choose(PriorTraining, PRESETS[preset], args)
         config = training.choose(TransformerConfig, PRESETS[preset], args)
-        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world)
+        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world.size)
         mesh = machine_mesh(world.device, args.shard) if args.shard is not None else None
         if args.powersgd_rank is not None:
             machines, gpus = (

@@ -84,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
             group.add_argument(*sorted(names), type=field.type, metavar="N")
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """The options of a plan, which ends before anything is trained."""
+    parser.add_argument("--plan", type=int, metavar="GPUS", help="print what a run would cost")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="default: 80")
+
+
 def choose(config: type, preset: dict, args: argparse.Namespace):
     """A config from the paper's defaults, overridden by a preset, overridden by options.
 
@@ -404,12 +410,14 @@ def images_to(device: torch.device, images: Tensor) -> Tensor:
     return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
-def check_batches(batch_size: int, micro_batch: int | None, world: World) -> int:
+def check_batches(batch_size: int, micro_batch: int | None, processes: int) -> int:
     """The micro-batch size; ValueError where the processes do not divide the batch."""
-    if micro_batch is None and batch_size % world.size == 0:
-        return batch_size // world.size
-    if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * world.size):
-        parts = f"{world.size} process(es)"
+    if processes < 1:
+        raise ValueError(f"{processes} processes: expected at least 1")
+    if micro_batch is None and batch_size % processes == 0:
+        return batch_size // processes
+    if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * processes):
+        parts = f"{processes} process(es)"
         if micro_batch:
             parts += f" × --micro-batch {micro_batch}"
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {parts}")

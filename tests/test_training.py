@@ -155,11 +155,11 @@ def test_unreadable_samples_give_their_place_to_the_next():
 
 
 def test_batch_sizes_must_divide():
-    assert training.check_batches(64, None, World(0, 4, ALONE.device)) == 16
-    assert training.check_batches(64, 8, World(0, 4, ALONE.device)) == 8
+    assert training.check_batches(64, None, 4) == 16
+    assert training.check_batches(64, 8, 4) == 8
     for batch, micro, size in ((64, None, 3), (64, 7, 1), (64, 0, 1), (64, 32, 4)):
         with pytest.raises(ValueError, match="--batch-size 64"):
-            training.check_batches(batch, micro, World(0, size, ALONE.device))
+            training.check_batches(batch, micro, size)
 
 
 def test_checkpoints_are_whole_or_refused(tmp_path):

@@ -1,0 +1,148 @@
+"""
+What a run would cost, before it is started: `--plan GPUS` of the trainers.
+
+Nothing is guessed from a formula that could differ from the code: one micro-batch goes through the
+model forward and backward on the `meta` device, where tensors have shapes and no memory, while
+PyTorch counts the operations and what is kept for the backward pass.
+
+What is not counted: the workspace of kernels and collectives, and memory lost to fragments. Leave
+a tenth of a GPU for them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dvae import DVAE, DVAEConfig
+from parallel import checkpoint_activations
+from transformer import Transformer, TransformerConfig, mean_cross_entropy
+
+GB = 1e9
+
+
+@dataclass
+class Cost:
+    """Of one micro-batch, forward and backward: operations, and bytes kept in 32 bits."""
+
+    flops: int
+    kept: int
+
+
+def measure(run: Callable[[], Tensor], model: nn.Module) -> Cost:
+    """Count `run`, which makes a scalar on the meta device from a model that is there too."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = run()
+        forward = counter.get_total_flops()
+        storages = sum(kept.values())
+        loss.backward()
+    assert counter.get_total_flops() > forward
+    return Cost(counter.get_total_flops(), storages)
+
+
+def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tuple[nn.Module, Cost]:
+    """Of the transformer; `again`: resblocks compute their activations again (2.4)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        text = torch.zeros(micro_batch, config.text_len, dtype=torch.long)
+        image = torch.zeros(micro_batch, config.grid**2, dtype=torch.long)
+
+    def run() -> Tensor:  # Transformer.loss, without its checks and casts, which meta cannot do
+        x = model.embed(text, image)
+        for block in model.blocks:
+            x = x + block(x)
+        text_logits = model.text_head(model.norm(x[:, : config.text_len - 1]))
+        image_logits = model.image_head(model.norm(x[:, config.text_len :]))
+        return mean_cross_entropy(text_logits, text[:, 1:]) + mean_cross_entropy(
+            image_logits, image
+        )
+
+    cost = measure(run, model)
+    if again:
+        once = cost.kept / len(model.blocks)  # one resblock's, while it is computed again
+        checkpoint_activations(model.blocks)
+        cost = measure(run, model)
+        cost.kept += round(once)
+    return model, cost
+
+
+def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn.Module, Cost]:
+    with torch.device("meta"):
+        model = DVAE(config)
+        images = torch.zeros(micro_batch, 3, image_size, image_size)
+
+    def run() -> Tensor:
+        z = model.encoder(images).softmax(1)
+        return model.decoder(z).mean() + z.log().mean()
+
+    return model, measure(run, model)
+
+
+def table(
+    model: nn.Module,
+    cost: Cost,
+    *,
+    gpus: int,
+    shards: int,
+    batch_size: int,
+    micro_batch: int,
+    steps: int,
+    tokens: int,
+    images: int,
+    bits: int,
+    gpu_memory: float,
+    powersgd_rank: int | None = None,
+) -> str:
+    """The plan in lines. `shards` GPUs share the parameters (1: each holds all of them), `tokens`
+    are those of a sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB."""
+    n = sum(p.numel() for p in model.parameters())
+    blocks = getattr(model, "blocks", [model])
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    memory = {
+        "parameters": 4 * n / shards,
+        "gradients": 4 * n / shards,
+        "Adam's moments": 8 * n / shards,
+        "averaged parameters": 4 * n / shards,
+        "activations": cost.kept * bits / 32,
+    }
+    if shards > 1:  # this resblock's and the next one's, and its gradients
+        memory["gathered resblocks"] = 3 * 4 * largest
+    if powersgd_rank:
+        memory["error buffers"] = 4 * n / shards
+    total = sum(memory.values()) / GB
+    accumulate = batch_size // (micro_batch * gpus)
+    per_step = cost.flops * accumulate * gpus
+    lines = [
+        f"{n:,} parameters on {gpus} GPU(s)"
+        + (f", sharded among {shards}" if shards > 1 else ", a replica on each"),
+        f"batch {batch_size}: {accumulate} micro-batch(es) of {micro_batch} on each GPU; "
+        f"{batch_size * tokens:,} tokens a step",
+        f"{steps:,} steps: {batch_size * tokens * steps:.3g} tokens, {per_step * steps:.3g} FLOPs; "
+        f"{per_step:.3g} FLOPs a step",
+        "an epoch: "
+        + (f"{images:,} images, {images * tokens:,} tokens, {images / batch_size:,.1f} steps"
+           if images < 2**31 else "the data have no end"),
+        "memory of each GPU, in GB:",
+        *(f"{size / GB:>10.2f}  {name}" for name, size in memory.items()),
+        f"{total:>10.2f}  in all, of {gpu_memory:g}",
+    ]  # fmt: skip
+    if total > 0.9 * gpu_memory:
+        lines.append(
+            "this does not fit (a tenth is left to kernels and fragments): try a smaller "
+            "--micro-batch, --checkpoint-activations, --shard, or more GPUs"
+        )
+    else:
+        lines.append("this fits")
+    return "\n".join(lines)
