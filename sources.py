@@ -507,9 +507,9 @@ class OpenShard:
     def __init__(self, path: Path):
         self.handle = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at the very end os may be gone
         if hasattr(self, "handle"):
-            os.close(self.handle)
+            close(self.handle)
 
 
 open_shard = lru_cache(maxsize=64)(OpenShard)  # in each process; reads say where, so it is shared
