@@ -91,7 +91,7 @@ def captions_in(data: bytes) -> list[str]:
 
 
 def caption_in_json(data: bytes) -> list[str]:
-    """The caption of a .json file as img2dataset writes it; ValueError where there is none."""
+    """The caption of a .json file as img2dataset writes it; ValueError where it is no JSON."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
