@@ -159,7 +159,7 @@ def main() -> None:
             raise ValueError(f"--image-size {hp.image_size} is not a multiple of {config.factor}")
         micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world.size)
         spec = args.data or "toy"
-        train, val = open_dataset(spec, hp.image_size, args.val, captions=False)
+        train, val = open_dataset(spec, hp.image_size, args.val, False, args.filters)
         prepare_image = partial(prepare, size=hp.image_size)
         samples = training.Samples(train, prepare_image, args.seed)
         val_images = training.held_out(training.Samples(val, prepare_image, 0), 512, world)[0]
@@ -209,6 +209,7 @@ def main() -> None:
         world,
         f"dVAE {preset}: {n_params:,} parameters, {config.vocab_size} codes on a grid of "
         f"{hp.image_size // config.factor} × {hp.image_size // config.factor}; data {train.name} "
+        f"({train.counts()}) "
         f"at {hp.image_size} × {hp.image_size}; steps {start} to {hp.steps} of {hp.batch_size} "
         f"images on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
     )

@@ -29,7 +29,7 @@ import plan
 import train_dvae
 import training
 from bpe import BPE
-from data import Folder, ToyWorld, open_dataset, preprocess_prior, sheet
+from data import ToyWorld, open_dataset, preprocess_prior, sheet
 from dvae import DVAE, DVAEConfig, load_dvae, load_openai
 from parallel import (
     Loss,
@@ -43,6 +43,7 @@ from parallel import (
 )
 from powersgd import PowerSGD
 from scaling import GradientScales
+from sources import Pictures
 from training import announce, images_to
 from transformer import Transformer, TransformerConfig, load_transformer, pad_text
 
@@ -72,6 +73,7 @@ class PriorTraining:
     ema_every: int = 25
     bpe_dropout: float = 0.1
     bpe_captions: int = 1_000_000
+    caption_dropout: float = 0.0  # not the paper's: for guidance in sampling
     log_every: int = 50
     eval_every: int = 500
 
@@ -91,10 +93,14 @@ PRESETS = {
 }  # fmt: skip
 
 
-def prepare(img, captions, rng, size: int, bpe: BPE, text_len: int, dropout: float) -> list:
+def prepare(
+    img, captions, rng, size: int, bpe: BPE, text_len: int, dropout=0.0, caption_dropout=0.0
+) -> list:
     """uint8 [size, size, 3]; long [text_len]; whether the caption had to be cut."""
     pixels = torch.from_numpy(np.array(preprocess_prior(img, size, rng)))
     ids = bpe.encode(rng.choice(captions), dropout, rng)
+    if caption_dropout and rng.random() < caption_dropout:
+        ids = []
     text = pad_text(ids[: text_len - 1], text_len, bpe.vocab_size)
     return [pixels, text, torch.tensor(len(ids) > text_len - 1)]
 
@@ -155,7 +161,7 @@ def powersgd(model: Transformer, rank: int, mesh: DeviceMesh | None, seed: int) 
     )
 
 
-def captions_of(dataset: ToyWorld | Folder, count: int) -> Iterator[str]:
+def captions_of(dataset: ToyWorld | Pictures, count: int) -> Iterator[str]:
     """The captions of the first `count` samples."""
     for index in range(min(count, len(dataset))):
         yield from dataset.captions_of(index)
@@ -294,12 +300,12 @@ def main() -> None:
                     f"--powersgd-rank {args.powersgd_rank} on {machines} machine(s) of {gpus}: "
                     f"expected several machines, and a multiple of {gpus}"
                 )
-        train, val = open_dataset(spec, size, args.val)
+        train, val = open_dataset(spec, size, args.val, filters=args.filters)
         bpe, origin = find_bpe(run_dir, args, hp, config, train, world)
         announce(
             world,
             f"taking {'OpenAI' if args.openai_dvae else run_dir}'s dVAE, preset {preset}, "
-            f"data {train.name}, {origin}",
+            f"data {train.name} ({train.counts()}), {origin}",
         )
         config = replace(config, text_vocab=bpe.vocab_size)
         run = {**asdict(hp), "data": spec, "seed": args.seed}
@@ -312,9 +318,16 @@ def main() -> None:
             checkpoint.check_config(args.init_from, asdict(model.config), config)
         options = dict(size=size, bpe=bpe, text_len=config.text_len)
         samples = training.Samples(
-            train, partial(prepare, dropout=hp.bpe_dropout, **options), args.seed
+            train,
+            partial(
+                prepare,
+                dropout=hp.bpe_dropout,
+                caption_dropout=hp.caption_dropout,
+                **options,
+            ),
+            args.seed,
         )
-        val_samples = training.Samples(val, partial(prepare, dropout=0.0, **options), 0)
+        val_samples = training.Samples(val, partial(prepare, **options), 0)
         val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main:
@@ -392,6 +405,7 @@ def main() -> None:
     )
 
     about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
+    about["caption_dropout"] = hp.caption_dropout
 
     def save(step: int) -> None:
         weights = checkpoint.whole(average.module) if mesh else average.module.state_dict()

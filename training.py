@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -65,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--preset", choices=presets, help="sizes and schedules")
     preset.add_argument("--tiny", dest="preset", action="store_const", const="tiny")
-    parser.add_argument("--data", metavar="SPEC", help="toy (default) or a folder of images")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="toy (default), a folder of images, "
+        "a table (.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'",
+    )  # noqa
+    parser.add_argument("--filters", action="store_true", help="drop what the paper drops (C)")
     parser.add_argument("--val", metavar="SPEC", help="default: a fixed share is held out")
     parser.add_argument("--run-dir", metavar="DIR", type=Path)
     parser.add_argument("--micro-batch", type=int, help="samples per process and pass")
@@ -112,7 +119,8 @@ def check_ranges(hp) -> None:
         name, value = field.name, getattr(hp, field.name)
         option = f"--{name.replace('_', '-')}"
         least = int(name in ("steps", "plateau_steps") or name.endswith(("_every", "_size")))
-        most = 1 if name in ("beta1", "beta2", "ema", "bpe_dropout") else math.inf
+        shares = ("beta1", "beta2", "ema", "bpe_dropout", "caption_dropout")
+        most = 1 if name in shares else math.inf
         if not least <= value <= most or value == math.inf:
             raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")
 
@@ -523,11 +531,12 @@ class Progress:
         self.cut = 0  # captions longer than the text part of the stream
 
     def skip(self, messages: list[str]) -> None:
-        """Name each unreadable sample once; the count stands at the end."""
+        """Name the first few samples that are passed over; the counts stand at the end."""
         for message in messages:
-            if message not in self.skipped and self.world.is_main:
-                self.bar.write(f"skipped: {message}", file=sys.stderr)
-            self.skipped.add(message)
+            if message not in self.skipped and len(self.skipped) < 10_000:
+                self.skipped.add(message)
+                if len(self.skipped) <= 5:
+                    self.bar.write(f"skipped: {message}", file=sys.stderr)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
@@ -570,7 +579,8 @@ class Progress:
             seen = [None] * self.world.size
             dist.all_gather_object(seen, (self.skipped, self.cut))
         skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
-        if skipped:
-            announce(self.world, f"{len(skipped)} unreadable samples were skipped")
+        kinds = Counter(": ".join(message.split(": ")[:-1]) for message in skipped)
+        for kind, count in kinds.most_common():
+            announce(self.world, f"{count} samples were skipped: {kind}")
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
