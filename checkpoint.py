@@ -109,17 +109,15 @@ class State:
 
 def tensors_of(
     model: nn.Module,
-    average: AveragedModel,
+    average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     compressor: PowerSGD | None = None,
 ) -> dict:
     """The tensors of a run's state, by the model's own names; shards where it is sharded."""
     weights, moments = get_state_dict(model, optimizer)
-    tensors = {
-        "model": weights,
-        "average": get_model_state_dict(average.module),
-        "optimizer": moments,
-    }
+    tensors = {"model": weights, "optimizer": moments}
+    if average:
+        tensors["average"] = get_model_state_dict(average.module)
     if compressor:
         tensors["errors"] = compressor.state_dict()
     return tensors
@@ -184,7 +182,7 @@ def find_state(path: Path, run: dict, *keys: str) -> State | None:
         for name, total in sums.items():
             if not (newest / name).is_file() or crc32(newest / name) != total:
                 raise ValueError(f"{newest} is damaged: {name} is not as it was written")
-    if not {"config", "run", "step", "n_averaged", *keys} <= about.keys():
+    if not {"config", "run", "step", *keys} <= about.keys():
         raise ValueError(f"{newest} is not the state of a run: expected what --resume needs")
     if about["step"] >= run["steps"]:
         raise ValueError(f"{newest} is at step {about['step']} already: give --steps above that")
@@ -194,7 +192,7 @@ def find_state(path: Path, run: dict, *keys: str) -> State | None:
 def restore(
     state: State,
     model: nn.Module,
-    average: AveragedModel,
+    average: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     compressor: PowerSGD | None = None,
 ) -> None:
@@ -212,8 +210,9 @@ def restore(
         optim_state_dict=tensors["optimizer"],
         options=options,
     )
-    set_model_state_dict(average.module, tensors["average"], options=options)
-    average.n_averaged.fill_(state.about["n_averaged"])
+    if average:
+        set_model_state_dict(average.module, tensors["average"], options=options)
+        average.n_averaged.fill_(state.about["n_averaged"])
     if compressor:
         compressor.load_state_dict(tensors["errors"])
 

@@ -166,7 +166,9 @@ def main() -> None:
         run_dir = args.run_dir or Path("runs") / preset
         state_path = run_dir / "dvae_state.pt"
         run = {**asdict(hp), "data": spec, "seed": args.seed}
-        state = training.to_resume(state_path, run, config, args.resume, world, "scaler")
+        state = training.to_resume(
+            state_path, run, config, args.resume, world, "n_averaged", "scaler"
+        )
         if args.init_from:
             model = load_dvae(args.init_from)
             checkpoint.check_config(args.init_from, asdict(model.config), config)
@@ -175,7 +177,14 @@ def main() -> None:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
                 checkpoint.set_aside(
-                    run_dir, "dvae.pt", "dvae_state.pt", "bpe.json", "prior.pt", "prior_state.pt"
+                    run_dir,
+                    "dvae.pt",
+                    "dvae_state.pt",
+                    "bpe.json",
+                    "prior.pt",
+                    "prior_state.pt",
+                    "clip.pt",
+                    "clip_state.pt",
                 )
 
     # ---- model and optimizer

@@ -311,7 +311,7 @@ def main() -> None:
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state_path = run_dir / "prior_state.pt"
         state = training.to_resume(
-            state_path, run, config, args.resume, world, "plateau", "window", "scales"
+            state_path, run, config, args.resume, world, "n_averaged", "plateau", "window", "scales"
         )
         if args.init_from:
             model = load_transformer(args.init_from)
