@@ -380,6 +380,7 @@ class Transformer(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance: float | None = None,
         progress: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw an image for each text [B, T], token by token (2.6): long [B, N].
@@ -389,6 +390,10 @@ class Transformer(nn.Module):
             passes uniforms[row, k], whatever the other rows are. By default torch.rand.
         temperature divides the logits (0: take the likeliest). Then top_k keeps the k likeliest
             tokens and top_p the fewest that hold this much probability, and ties with the last.
+        guidance S takes the logits from a second stream without a caption (the text of
+            `pad_text([])`), which is fed the same tokens, S times the way to the caption's own: 1
+            changes nothing, more follows the caption closer. Classifier-free guidance is later
+            than the paper (Ho & Salimans 2022); such a model has seen empty captions in training.
         progress(k, tokens [B, N]) is called once the first k tokens are there.
 
         Equal rows of text and prefix side by side, as repeat_interleave makes them, are candidates
@@ -408,17 +413,26 @@ class Transformer(nn.Module):
             raise ValueError(f"expected temperature ≥ 0, top_k ≥ 1; got {temperature}, {top_k}")
         if not (top_p is None or 0 < top_p <= 1):
             raise ValueError(f"expected 0 < top_p ≤ 1, got {top_p}")
+        if not (guidance is None or math.isfinite(guidance)):
+            raise ValueError(f"expected a finite guidance, got {guidance}")
 
         tokens = F.pad(prefix, (0, N - n))
+        streams = 1 if guidance is None else 2
+        if guidance is not None:
+            empty = pad_text([], T, self.config.text_vocab).to(text.device)
+            text, prefix = torch.cat([text, empty.expand(B, T)]), prefix.repeat(2, 1)
         layers = self.read_prompts(text, prefix) if n < N else []
         positions = self.image_positions()
         before = tokens[:, n - 1] if n else tokens.new_full((B,), self.config.image_vocab)
         for k in range(n, N):
-            x = self.image_token(before) + positions[k]
+            x = self.image_token(before.repeat(streams)) + positions[k]
             for attention, mlp, of_text, ring, slots, bias in layers:
                 x = x + attention.step(x, of_text, ring, slots[k], bias[k])
                 x = x + mlp(x)
             logits = self.logits(self.image_head, x)
+            if guidance is not None:
+                captioned, plain = logits.chunk(2)
+                logits = plain + guidance * (captioned - plain)
             before = sample(logits, uniforms[:, k : k + 1], temperature, top_k, top_p)
             tokens[:, k] = before
             if progress is not None:
@@ -427,12 +441,11 @@ class Transformer(nn.Module):
 
     def read_prompts(self, text: Tensor, prefix: Tensor) -> list[tuple]:
         """Run text and prefix once and keep, for each layer, what `Attention.step` reads."""
-        (B, T), n, G, c = text.shape, prefix.shape[1], self.config.grid, self.config
+        n, c = prefix.shape[1], self.config
+        T, G = c.text_len, c.grid
         prompts, which = torch.unique(torch.cat([text, prefix], 1), dim=0, return_inverse=True)
-        P = len(prompts)
-        # P prompts of C = B / P candidates each; where they are not side by side, B prompts of one.
-        side_by_side = B % P == 0 and (which.view(P, -1) == which.view(P, -1)[:, :1]).all()
-        C = B // P if side_by_side else 1
+        # The rows are groups of C candidates: as many as divide every run of the same prompt.
+        C = math.gcd(*which.unique_consecutive(return_counts=True)[1].tolist())
         which = which[::C]
 
         x = self.embed(prompts[:, :T], F.pad(prompts[:, T:], (0, (n // G + 1) * G - n)))
@@ -440,7 +453,7 @@ class Transformer(nn.Module):
         for attention, mlp in zip(self.blocks[0::2], self.blocks[1::2]):
             x = x + attention(x, keep := [])
             x = x + mlp(x)
-            kv = keep[0].view(x.shape[1], 2, P, c.n_head, c.d_head)[:, :, which]
+            kv = keep[0].view(x.shape[1], 2, -1, c.n_head, c.d_head)[:, :, which]
             # The ring holds as many positions as the mask reaches back: position k is in k % size.
             back = torch.tensor(distances(attention.kind, G, c.kernel))
             size = int(back[-1]) + 1

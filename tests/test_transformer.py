@@ -361,6 +361,30 @@ def test_candidates_do_not_depend_on_one_another():
     assert len(images.unique(dim=0)) == 8
 
 
+@pytest.mark.parametrize("repeats", [[1], [4], [4, 4], [3, 5]])
+def test_guidance_equals_its_definition(repeats):
+    c = small(n_layer=3)
+    model = build(c)
+    prompts, image = batch(c, len(repeats))
+    text = prompts.repeat_interleave(torch.tensor(repeats), 0)
+    image = image.repeat_interleave(torch.tensor(repeats), 0)
+    empty = pad_text([], c.text_len, c.text_vocab).expand_as(text)
+    u = torch.rand(len(text), 16, dtype=torch.float64)
+
+    def guided(text, image):
+        captioned, plain = model(text, image)[1], model(empty, image)[1]
+        return None, 30 * captioned - 29 * plain
+
+    expected = draw_uncached(guided, text, image, 5, u)
+    assert torch.equal(model.generate(text, image[:, :5], u, guidance=30.0), expected)
+    plain = model.generate(text, uniforms=u)
+    assert torch.equal(model.generate(text, uniforms=u, guidance=1.0), plain)
+    assert not torch.equal(model.generate(text, uniforms=u, guidance=30.0), plain)
+    assert torch.equal(
+        model.generate(text, uniforms=u, guidance=0.0), model.generate(empty, uniforms=u)
+    )
+
+
 def test_temperature_top_k_top_p_equal_their_definitions():
     c = small()
     model = build(c)
@@ -447,6 +471,7 @@ def test_bad_input_is_refused_with_what_was_expected():
         ("top_k", lambda: model.generate(text, top_k=0)),
         ("top_p", lambda: model.generate(text, top_p=0.0)),
         ("top_p", lambda: model.generate(text, top_p=1.5)),
+        ("guidance", lambda: model.generate(text, guidance=math.inf)),
         ("odd", lambda: small(kernel=4)),
         ("grid", lambda: small(grid=0)),
         ("layers", lambda: layer_kind(0, 4)),
