@@ -1,235 +1,43 @@
 """
-Pictures and captions: the toy world, folders of images, and the paper's augmentations.
+Data sets and the paper's augmentations.
 
-The toy world is an endless set of small rendered scenes, "a red cube to the left of a blue
-sphere", with the light, soft gradients and sensor noise of a photograph. It needs no download,
-and everything in it is known, so that a model trained on it can be judged exactly. An eighth
-of the colour-shape pairs never appears in training: they test whether a model combines what it
-knows from elsewhere (3.3).
-
-An image is a PIL image until an augmentation turns it into uint8 [size, size, 3]; a batch of
-those becomes float [B, 3, H, W] in [0, 1] in the trainer. Every function that draws at random
-takes the generator it draws from.
+A data set is the toy world, or pictures from a folder, a table or tar shards. An image is a PIL
+image until an augmentation turns it into uint8 [size, size, 3]; a batch of those becomes float
+[B, 3, H, W] in [0, 1] in the trainer. Every function that draws at random takes the generator it
+draws from.
 
     python data.py               # writes toy.png, a sheet of toy pictures with their captions
+    python data.py my_photos     # counts a data set, and writes a sheet of it into data.png
 """
 
 import argparse
 import copy
+import os
 import random
 import sys
 import textwrap
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-# ----------------------------------------------------------------------------- the toy world
+from sources import TABLE_SUFFIXES, Folder, Pictures, Table, Tars
+from toy import (  # noqa: F401  the toy world belongs to what this file offers
+    COLORS,
+    SHAPES,
+    SPLITS,
+    UNSEEN_PAIRS,
+    Scene,
+    render,
+    toy_scene,
+    toy_world,
+)
 
-COLORS = {
-    "red": (214, 38, 38),
-    "orange": (240, 128, 20),
-    "yellow": (240, 214, 40),
-    "green": (40, 152, 58),
-    "cyan": (52, 198, 208),
-    "blue": (40, 72, 210),
-    "purple": (120, 42, 168),
-    "pink": (246, 134, 186),
-}
-SHAPES = ("cube", "sphere", "cylinder", "cone", "pyramid")
-SIZES = {"small": 0.19, "large": 0.27}  # radius as a share of the image's side
-SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-BACKGROUNDS = {
-    "white": (226, 224, 220),
-    "grey": (142, 146, 150),
-    "black": (44, 44, 48),
-    "brown": (166, 134, 104),
-}
-# where a single object stands, as shares of the image's side
-PLACES = {
-    "in the middle": (0.5, 0.5),
-    "on the left": (0.25, 0.5),
-    "on the right": (0.75, 0.5),
-    "at the top": (0.5, 0.25),
-    "at the bottom": (0.5, 0.75),
-}
-RELATIONS = {  # where the first and the second of two objects stand
-    "to the left of": ((0.25, 0.5), (0.75, 0.5)),
-    "to the right of": ((0.75, 0.5), (0.25, 0.5)),
-    "above": ((0.5, 0.25), (0.5, 0.75)),
-    "below": ((0.5, 0.75), (0.5, 0.25)),
-}
-# One pair for each shape, no colour twice: no training picture or caption holds any of these.
-UNSEEN_PAIRS = {
-    ("green", "cube"),
-    ("orange", "sphere"),
-    ("blue", "cylinder"),
-    ("pink", "cone"),
-    ("yellow", "pyramid"),
-}
-PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-SEEN_PAIRS = [pair for pair in PAIRS if pair not in UNSEEN_PAIRS]
-SPLITS = ("train", "val", "unseen")
-SENSOR_NOISE = 0.05  # standard deviation, in units of the full range
+HELD_OUT = 0.05  # the share kept for validation where no other data is named
 
-
-@dataclass
-class Thing:
-    color: str
-    shape: str
-    size: str
-    x: float  # centre and radius, as shares of the image's side
-    y: float
-    radius: float
-
-
-@dataclass
-class Scene:
-    things: list[Thing]
-    background: str
-    light: float  # exposure of the whole picture, about 1
-    caption: str
-
-
-def toy_scene(index: int, split: str) -> Scene:
-    """What toy picture `index` of a split shows, and its caption.
-
-    'train' and 'val' are different draws from the same distribution, over the seen pairs of
-    colour and shape; in 'unseen' the first thing of every scene is an unseen pair.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: expected one of {', '.join(SPLITS)}")
-    rng = random.Random(index * len(SPLITS) + SPLITS.index(split))
-    relation = rng.choice(list(RELATIONS)) if rng.random() < 0.35 else None
-    place = rng.choice(list(PLACES))
-    spots = RELATIONS[relation] if relation else [PLACES[place]]
-    things = []
-    for k, (x, y) in enumerate(spots):
-        pairs = SEEN_PAIRS
-        if split == "unseen":
-            pairs = sorted(UNSEEN_PAIRS) if k == 0 else PAIRS
-        color, shape = rng.choice(pairs)
-        size = rng.choice(list(SIZES))
-        radius = SIZES[size] * rng.uniform(0.98, 1.02) * (0.85 if relation else 1)
-        things.append(
-            Thing(color, shape, size, x + rng.gauss(0, 0.006), y + rng.gauss(0, 0.006), radius)
-        )
-    background = rng.choice(list(BACKGROUNDS))
-    light = rng.uniform(0.92, 1.08)
-
-    # The grammar. Colour and shape are always named, the rest now and then.
-    def noun(thing: Thing) -> str:
-        size = rng.choice(SYNONYMS[thing.size]) + " " if rng.random() < 0.4 else ""
-        return f"{size}{thing.color} {thing.shape}"
-
-    def phrase(thing: Thing) -> str:
-        words = noun(thing)
-        return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-    opening = rng.choice(["", "", "", "a picture of ", "there is ", "we see "])
-    if relation:
-        caption = f"{opening}{phrase(things[0])} {relation} {phrase(things[1])}"
-    elif not opening and rng.random() < 0.15:
-        caption = f"one {noun(things[0])}"
-    else:
-        caption = f"{opening}{phrase(things[0])}"
-    if not relation and rng.random() < 0.5:
-        caption += f" {place}"
-    if rng.random() < 0.3:
-        caption += f" on a {background} background"
-    return Scene(things, background, light, caption)
-
-
-def shade(color, k: float) -> tuple[int, int, int]:
-    """A colour in the light `k`: below 1 darker, above 1 mixed with white."""
-    if k <= 1:
-        return tuple(int(c * k) for c in color)
-    return tuple(int(c + (255 - c) * (k - 1)) for c in color)
-
-
-# the light on ten strips of a round body: (left edge of the strip in [-1, 1), brightness)
-SIDE_LIGHT = [(i / 5 - 1, 1.22 - 0.82 * abs((i + 0.5) / 10 - 0.28) ** 0.9) for i in range(10)]
-
-
-def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
-    """Draw one solid, lit from the upper left, on a canvas of `side` pixels."""
-    color, r = COLORS[thing.color], thing.radius * side
-    cx, cy = thing.x * side, thing.y * side
-
-    def at(*points):
-        return [(cx + r * x, cy + r * y) for x, y in points]
-
-    def disc(x, y, rx, ry, k):
-        box = (cx + r * (x - rx), cy + r * (y - ry), cx + r * (x + rx), cy + r * (y + ry))
-        draw.ellipse(box, fill=shade(color, k))
-
-    if thing.shape == "sphere":
-        for i in range(8):
-            t = i / 7
-            disc(-0.36 * t, -0.36 * t, 1 - 0.86 * t, 1 - 0.86 * t, 0.5 + 0.95 * t**0.8)
-    elif thing.shape == "cube":
-        draw.polygon(at((0, -1), (0.9, -0.55), (0, -0.1), (-0.9, -0.55)), shade(color, 1.4))
-        draw.polygon(at((-0.9, -0.55), (0, -0.1), (0, 1), (-0.9, 0.55)), shade(color, 0.95))
-        draw.polygon(at((0.9, -0.55), (0, -0.1), (0, 1), (0.9, 0.55)), shade(color, 0.52))
-    elif thing.shape == "cylinder":
-        for x, k in SIDE_LIGHT:
-            bottom = 0.72 + 0.24 * (1 - (x + 0.1) ** 2) ** 0.5
-            x0, x1 = 0.72 * x, 0.72 * (x + 0.2)
-            draw.polygon(at((x0, -0.7), (x1, -0.7), (x1, bottom), (x0, bottom)), shade(color, k))
-        disc(0, -0.7, 0.72, 0.26, 1.45)
-    elif thing.shape == "cone":
-        for x, k in SIDE_LIGHT:
-            bottom = 0.62 + 0.3 * (1 - (x + 0.1) ** 2) ** 0.5
-            x0, x1 = 0.88 * x, 0.88 * (x + 0.2)
-            draw.polygon(at((0, -1.05), (x1, bottom), (x0, bottom)), shade(color, k))
-    elif thing.shape == "pyramid":
-        draw.polygon(at((0, -1.05), (-1, 0.5), (-0.15, 0.92)), shade(color, 1.3))
-        draw.polygon(at((0, -1.05), (-0.15, 0.92), (1, 0.5)), shade(color, 0.55))
-
-
-def render(scene: Scene, image_size: int, noise_seed: int | None = None) -> np.ndarray:
-    """Draw a scene at four times the size and reduce it: uint8 [H, W, 3].
-
-    The backdrop darkens towards the bottom and the right, things cast a shadow, and with a
-    `noise_seed` Gaussian sensor noise is added.
-    """
-    side = 4 * image_size
-    backdrop = BACKGROUNDS[scene.background]
-    corners = [shade(backdrop, k) for k in (1.08, 1.0, 0.88, 0.8)]
-    gradient = Image.new("RGB", (2, 2))
-    gradient.putdata(corners)
-    # the middle half of the bilinear enlargement, where the gradient runs
-    canvas = gradient.resize((side, side), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
-    draw = ImageDraw.Draw(canvas)
-    for thing in scene.things:
-        r = thing.radius * side
-        for grow, k in ((1.12, 0.74), (0.98, 0.6)):
-            x, y = thing.x * side + 0.12 * r, thing.y * side + 0.78 * r
-            box = (x - grow * r, y - 0.3 * grow * r, x + grow * r, y + 0.3 * grow * r)
-            draw.ellipse(box, fill=shade(backdrop, k))
-    for thing in scene.things:
-        draw_thing(draw, thing, side)
-    pixels = np.asarray(canvas.reduce(4), np.float32) * np.float32(scene.light)
-    if noise_seed is not None:
-        generator = np.random.default_rng(noise_seed)
-        noise = generator.standard_normal(pixels.shape, np.float32)
-        pixels = pixels + noise * np.float32(255 * SENSOR_NOISE)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-
-
-def toy_world(
-    index: int, image_size: int, split: str, noise: bool = True
-) -> tuple[np.ndarray, str]:
-    """Toy picture `index` of a split: (uint8 [H, W, 3], caption). Deterministic and endless.
-
-    With `noise=False` it is the same picture without the sensor noise.
-    """
-    scene = toy_scene(index, split)
-    seed = index * len(SPLITS) + SPLITS.index(split)
-    return render(scene, image_size, seed if noise else None), scene.caption
+# ----------------------------------------------------------------------------- data sets
 
 
 class ToyWorld:
@@ -251,85 +59,55 @@ class ToyWorld:
     def captions_of(self, index: int) -> list[str]:
         return [toy_scene(index, self.split).caption]
 
-
-# ----------------------------------------------------------------------------- folders
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-HELD_OUT = 0.05  # the share of a folder kept for validation where no other data is named
+    def counts(self) -> str:
+        return "endless pictures"
 
 
-class Folder:
-    """A folder of images, at any depth, with same-named .txt files, a line each caption.
-
-    Item i is (PIL image, captions). With `captions` every image needs its .txt; those without
-    one are left out. Raises ValueError where nothing usable is found.
-    """
-
-    def __init__(self, path: Path, captions: bool):
-        if not path.is_dir():
-            raise ValueError(f"data {path} is not a folder: give a folder of images, or toy")
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            kinds = " ".join(IMAGE_SUFFIXES)
-            raise ValueError(f"data folder {path} holds no images: expected files with {kinds}")
-        self.name, self.captions = str(path), captions
-        self.files = [p for p in files if not captions or p.with_suffix(".txt").is_file()]
-        if not self.files:
-            raise ValueError(
-                f"data folder {path} holds {len(files)} images and no captions: "
-                f"expected a text file beside each, like {files[0].with_suffix('.txt').name}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
-        path = self.files[index]
-        try:
-            captions = self.captions_of(index) if self.captions else []
-            with Image.open(path) as img:
-                img = ImageOps.exif_transpose(img).convert("RGB")
-        except Exception as error:  # whatever a damaged file makes Pillow raise
-            raise ValueError(f"{path} cannot be read ({error})") from error
-        if self.captions and not captions:
-            raise ValueError(f"{path.with_suffix('.txt')} holds no caption")
-        return img, captions
-
-    def captions_of(self, index: int) -> list[str]:
-        text = self.files[index].with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-        return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def split_folder(folder: Folder) -> tuple[Folder, Folder]:
+def split(pictures: Pictures) -> tuple[Pictures, Pictures]:
     """(train, val): a fixed share is held out, chosen by a hash of each name, at least one."""
-    if len(folder) < 2:
-        raise ValueError(f"{folder.name} holds 1 usable image: at least 2 are needed")
-    ranked = sorted(folder.files, key=lambda p: zlib.crc32(p.name.encode(errors="replace")))
+    if len(pictures) < 2:
+        raise ValueError(f"{pictures.name} holds 1 usable image: at least 2 are needed")
+    names = (os.path.splitext(pictures.files[k])[0] for k in range(len(pictures)))
+    hashes = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
+    ranked = np.argsort(hashes, kind="stable")
     n_val = max(1, round(HELD_OUT * len(ranked)))
-    train, val = copy.copy(folder), copy.copy(folder)
-    train.files, val.files = sorted(ranked[n_val:]), sorted(ranked[:n_val])
+    train, val = copy.copy(pictures), copy.copy(pictures)
+    train.index, val.index = np.sort(ranked[n_val:]), np.sort(ranked[:n_val])
     return train, val
 
 
-def open_dataset(
-    spec: str, image_size: int, val: str | None = None, captions: bool = True
-) -> tuple[ToyWorld | Folder, ToyWorld | Folder]:
-    """(train, val) data sets of a spec: `toy`, or the path of a folder of images.
+def open_pictures(spec: str, captions: bool, filters: bool) -> Pictures:
+    if spec.lower().endswith(".tar"):
+        return Tars(spec, captions, filters)
+    if spec.lower().endswith(TABLE_SUFFIXES):
+        return Table(Path(spec), captions, filters)
+    return Folder(Path(spec), captions, filters)
 
-    Without `val`, a spec of its own, a fixed share of the data is held out. A data set has a
-    length, and items (PIL image, list of captions); an item that cannot be read raises
-    ValueError. Raises ValueError where the spec names nothing usable.
+
+def open_dataset(
+    spec: str,
+    image_size: int,
+    val: str | None = None,
+    captions: bool = True,
+    filters: bool = False,
+) -> tuple[ToyWorld | Pictures, ToyWorld | Pictures]:
+    """(train, val) data sets of a spec: `toy`, a folder of images, a table (.tsv .csv .jsonl) of
+    image paths and captions, or WebDataset shards such as `shards/{000..031}.tar` or `*.tar`.
+
+    Without `val`, a spec of its own, a fixed share of the data is held out. With `filters`,
+    captions and images that the paper would drop (C) are passed over. ValueError where the spec
+    names nothing usable.
     """
     if spec == "toy":
         train, held_out = ToyWorld(image_size, "train"), ToyWorld(image_size, "val")
     elif val:
-        train, held_out = Folder(Path(spec), captions), None
+        train, held_out = open_pictures(spec, captions, filters), None
     else:
-        train, held_out = split_folder(Folder(Path(spec), captions))
+        train, held_out = split(open_pictures(spec, captions, filters))
     if val == "toy":
         held_out = ToyWorld(image_size, "val")
     elif val:
-        held_out = Folder(Path(val), captions)
+        held_out = open_pictures(val, captions, filters)
     return train, held_out
 
 
@@ -410,24 +188,42 @@ def sheet(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a sheet of toy pictures.")
-    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser = argparse.ArgumentParser(description="Count a data set and draw a sheet of it.")
+    parser.add_argument("spec", nargs="?", default="toy", help="toy (default), folder, table, tars")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the toy world")
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
-    parser.add_argument("-o", "--out", default="toy.png", help="default toy.png")
+    parser.add_argument("--filters", action="store_true", help="pass over what the paper drops (C)")
+    parser.add_argument("-o", "--out", help="default toy.png or data.png")
     args = parser.parse_args()
-    scale = max(1, 128 // args.image_size)
-    began = time.perf_counter()
-    items = [toy_world(i, args.image_size, args.split) for i in range(400)]
-    rate = len(items) / (time.perf_counter() - began)
-    rows = [[pixels for pixels, _ in items[r : r + 8]] for r in range(0, 40, 8)]
-    captions = [[caption for _, caption in items[r : r + 8]] for r in range(0, 40, 8)]
+    out = args.out or ("toy.png" if args.spec == "toy" else "data.png")
+    size, rng = args.image_size, random.Random(0)
     try:
-        sheet(rows, captions, scale).save(args.out)
+        if args.spec == "toy":
+            pictures = ToyWorld(size, args.split)
+        else:
+            pictures = open_pictures(args.spec, True, args.filters)
+        print(f"{pictures.name}: {pictures.counts()}")
+        cells, faults, began = [], [], time.perf_counter()
+        for i in range(min(400, len(pictures))):
+            try:
+                img, captions = pictures[i]
+                cells.append((preprocess_prior(img, size, rng), captions[0]))
+            except ValueError as error:
+                faults.append(str(error))
+        rate = len(cells) / (time.perf_counter() - began)
+        for fault in faults[:5]:
+            print(fault)
+        if not cells:
+            raise ValueError(f"no usable picture among the first {len(faults)} of {args.spec}")
+        rows = [[pixels for pixels, _ in cells[r : r + 8]] for r in range(0, 40, 8)]
+        captions = [[caption for _, caption in cells[r : r + 8]] for r in range(0, 40, 8)]
+        rows = [row for row in rows if row]
+        sheet(rows, captions, max(1, 128 // size)).save(out)
     except (OSError, ValueError) as error:
-        print(f"data.py: cannot write {args.out}: {error}", file=sys.stderr)
+        print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: 40 pictures of the toy world, split {args.split}")
-    print(f"drawn at {rate:.0f} pictures a second on one core")
+    print(f"{len(cells)} pictures read, {len(faults)} passed over, {rate:.0f} a second on one core")
+    print(f"{out}: the first {min(40, len(cells))} of them")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ from clip import CLIP, load_clip
 from data import area_resize, crop_square
 from dvae import DVAE, load_dvae
 from pictures import check_output, contact_sheet, terminal, write
+from sources import read_image, to_rgb
 from training import derive, fail, load, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
@@ -104,7 +105,7 @@ def encode_prompt(prompt: str, bpe: BPE, prior: Transformer) -> Tensor:
     return pad_text(ids, prior.config.text_len, prior.config.text_vocab)
 
 
-def read_image(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
+def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
     """The middle square of a picture at size × size pixels, RGB: the centre of Listing 2.
 
     ValueError for what cannot be read, or has fewer pixels to a side than the grid has tokens.
@@ -113,9 +114,8 @@ def read_image(image: str | Path | Image.Image, size: int, grid: int) -> Image.I
     if not isinstance(image, Image.Image):
         name = str(image)
         try:
-            with Image.open(image) as file:
-                image = ImageOps.exif_transpose(file)
-        except Exception as error:  # whatever a damaged file makes Pillow raise
+            image = read_image(Path(image).read_bytes())
+        except (ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{name} cannot be read as an image ({reason})") from error
     if min(image.size) < grid:
@@ -124,7 +124,7 @@ def read_image(image: str | Path | Image.Image, size: int, grid: int) -> Image.I
             f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
         )
     x, y = ((side - min(image.size)) // 2 for side in image.size)
-    return area_resize(crop_square(image.convert("RGB"), x, y, size), size)
+    return area_resize(crop_square(to_rgb(image), x, y, size), size)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -228,7 +228,7 @@ class Drawing:
         """Read the picture to continue, and the tokens of its top rows (3.3, G)."""
         if not 0 < self.keep_rows < grid:
             raise ValueError(f"keep_rows is {self.keep_rows}; expected 1 to {grid - 1} token rows")
-        original = read_image(self.image, self.dvae.config.factor * grid, grid)
+        original = middle_square(self.image, self.dvae.config.factor * grid, grid)
         pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)[None].float() / 255
         tokens = self.dvae.encode(pixels.to(self.texts.device)).flatten(1)
         seen = self.dvae.decode(tokens.view(-1, grid, grid))  # as the dVAE sees it
@@ -385,7 +385,7 @@ def describe(
     clip = load_reranker(run_dir, str(device))
     texts = torch.stack([encode_prompt(c, bpe, prior) for c in captions]).to(device)
     grid = prior.config.grid
-    square = np.array(read_image(image, dvae.config.factor * grid, grid))
+    square = np.array(middle_square(image, dvae.config.factor * grid, grid))
     pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float().to(device) / 255
     tokens = dvae.encode(pixels).flatten(1)
 

@@ -225,43 +225,53 @@ def shut_down(world: World) -> None:
 # ----------------------------------------------------------------------------- data order
 
 
-@lru_cache(maxsize=2)
-def permutation(n: int, epoch: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derive(seed, "epoch", epoch))
-    return torch.randperm(n, generator=generator)
-
-
 def derive(*key) -> int:
     """A seed of 63 bits out of numbers and words."""
     return random.Random(repr(key)).getrandbits(63)
 
 
-class Samples(torch.utils.data.Dataset):
-    """The run as one long row of samples: item `position` is sample position % batch size of
-    step position // batch size, made by `prepare(img, captions, rng)`.
+@lru_cache(maxsize=3)  # the first epoch's, which says how long each is, this one's and the next
+def epoch_order(dataset, seed: int, batch_size: int):
+    """The items of a data set in the order of one epoch: its own, or a random permutation."""
+    if hasattr(dataset, "order"):
+        return dataset.order(seed, batch_size)
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
 
-    A finite data set is shuffled anew in every epoch. An item that cannot be read gives its
-    place to the next one; its name travels with the batch, so that the trainer can count it.
+
+class Samples(torch.utils.data.Dataset):
+    """The run as one long row of samples: sample `position` is number position % batch size of
+    step position // batch size, made of an item of the data set by `prepare(img, captions, rng)`.
+
+    A finite data set is shuffled anew in every epoch. An item that cannot be used gives its place
+    to another; why travels with the batch, so that the trainer can count it.
     """
 
     def __init__(self, dataset, prepare: Callable, seed: int):
         self.dataset, self.prepare, self.seed = dataset, prepare, seed
 
-    def __getitem__(self, position: int) -> tuple[list, list[str]]:
-        n, index, skipped = len(self.dataset), position, []
-        if getattr(self.dataset, "shuffle", True):
-            epoch, k = divmod(position, n)
-            index = int(permutation(n, epoch, self.seed)[k])
+    def item(self, position: int, batch_size: int) -> int:
+        """The item at a position of the run."""
+        if not getattr(self.dataset, "shuffle", True):
+            return position
+        first = epoch_order(self.dataset, derive(self.seed, "epoch", 0), batch_size)
+        epoch, k = divmod(position, len(first))
+        return int(epoch_order(self.dataset, derive(self.seed, "epoch", epoch), batch_size)[k])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list, list[str]]:
+        """The sample at (position, item)."""
+        (position, item), n, skipped = key, len(self.dataset), []
+        others = random.Random(derive(self.seed, "instead", position))
         while True:
             try:
-                item = self.dataset[index]
+                found = self.dataset[item]
                 break
             except ValueError as error:
                 skipped.append(str(error))
             if len(skipped) >= min(n, 1000):
-                raise ValueError(f"no readable sample in {self.dataset.name}: {skipped[0]}")
-            index = (index + 1) % n
-        return self.prepare(*item, random.Random(derive(self.seed, "sample", position))), skipped
+                raise ValueError(f"no usable sample in {self.dataset.name}: {skipped[0]}")
+            # in a large set not the next one: its neighbours may have the same fault
+            item = (item + 1) % n if n <= 1000 else others.randrange(n)
+        return self.prepare(*found, random.Random(derive(self.seed, "sample", position))), skipped
 
 
 def collate(items: list) -> tuple[list[Tensor], list[str]]:
@@ -291,7 +301,7 @@ def micro_batches(
             f"warning: {len(samples.dataset)} samples are fewer than a batch of {batch_size}: "
             "each batch holds some of them more than once",
         )
-    order = (
+    places = (
         range(step * batch_size + offset, step * batch_size + offset + micro_batch)
         for step in range(start, steps)
         for offset in range(world.rank * micro_batch, batch_size, world.size * micro_batch)
@@ -299,7 +309,7 @@ def micro_batches(
     return iter(
         DataLoader(
             samples,
-            batch_sampler=order,
+            batch_sampler=([(p, samples.item(p, batch_size)) for p in some] for some in places),
             collate_fn=collate,
             num_workers=workers,
             worker_init_fn=ignore_signals,
@@ -309,11 +319,15 @@ def micro_batches(
 
 
 def held_out(samples: Samples, count: int, world: World) -> list[Tensor]:
-    """The first `count` samples of a validation set, as stacked tensors; ValueError if none."""
-    items = [samples[k] for k in range(min(count, len(samples.dataset)))]
-    tensors, skipped = collate(items)
-    for message in sorted(set(skipped)):
+    """`count` samples of a validation set, always the same, as stacked tensors; ValueError if
+    there are none."""
+    count = min(count, len(samples.dataset))
+    tensors, skipped = collate([samples[k, samples.item(k, count)] for k in range(count)])
+    messages = sorted(set(skipped))
+    for message in messages[:5]:
         announce(world, f"skipped for validation: {message}")
+    if len(messages) > 5:
+        announce(world, f"skipped for validation: {len(messages) - 5} more")
     return tensors
 
 

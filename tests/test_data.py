@@ -1,21 +1,33 @@
-"""The toy world keeps its promises; Listings 1 and 2 keep the paper's ranges."""
+"""The toy world keeps its promises, Listings 1 and 2 the paper's ranges; every kind of source
+gives the same pictures, in an order that no number of processes changes."""
 
+import csv
+import io
+import json
 import random
 import re
+import tarfile
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
-from data import preprocess_dvae, preprocess_prior, toy_scene, toy_world
+import sources
+import toy
+import training
+from data import open_dataset, preprocess_dvae, preprocess_prior, toy_scene, toy_world
+from sources import read_image
 
 
 def pairs_in(caption):
-    return set(re.findall(rf"\b({'|'.join(data.COLORS)}) ({'|'.join(data.SHAPES)})\b", caption))
+    return set(re.findall(rf"\b({'|'.join(toy.COLORS)}) ({'|'.join(toy.SHAPES)})\b", caption))
 
 
-@pytest.mark.parametrize("split", data.SPLITS)
+@pytest.mark.parametrize("split", toy.SPLITS)
 def test_captions_say_what_is_drawn(split):
     for index in range(2000):
         scene = toy_scene(index, split)
@@ -23,7 +35,7 @@ def test_captions_say_what_is_drawn(split):
         assert pairs_in(scene.caption) == set(drawn)
         if len(drawn) == 2:
             (first, second) = scene.things
-            relation = next(r for r in data.RELATIONS if r in scene.caption)
+            relation = next(r for r in toy.RELATIONS if r in scene.caption)
             assert scene.caption.index(first.shape) < scene.caption.index(relation)
             holds = {
                 "to the left of": first.x < second.x,
@@ -35,24 +47,24 @@ def test_captions_say_what_is_drawn(split):
 
 
 def test_unseen_pairs_are_unseen():
-    assert len(data.UNSEEN_PAIRS) >= len(data.PAIRS) / 10
-    assert ("red", "cube") not in data.UNSEEN_PAIRS
+    assert len(toy.UNSEEN_PAIRS) >= len(toy.PAIRS) / 10
+    assert ("red", "cube") not in toy.UNSEEN_PAIRS
     for split in ("train", "val"):
         for index in range(3000):
             scene = toy_scene(index, split)
             drawn = {(thing.color, thing.shape) for thing in scene.things}
-            assert not (drawn | pairs_in(scene.caption)) & data.UNSEEN_PAIRS
+            assert not (drawn | pairs_in(scene.caption)) & toy.UNSEEN_PAIRS
     for index in range(300):
         thing = toy_scene(index, "unseen").things[0]
-        assert (thing.color, thing.shape) in data.UNSEEN_PAIRS
+        assert (thing.color, thing.shape) in toy.UNSEEN_PAIRS
 
 
 def test_every_attribute_occurs():
     scenes = [toy_scene(index, "train") for index in range(2000)]
     things = [thing for scene in scenes for thing in scene.things]
-    assert {(t.color, t.shape) for t in things} == set(data.SEEN_PAIRS)
-    assert {t.size for t in things} == set(data.SIZES)
-    assert {s.background for s in scenes} == set(data.BACKGROUNDS)
+    assert {(t.color, t.shape) for t in things} == set(toy.SEEN_PAIRS)
+    assert {t.size for t in things} == set(toy.SIZES)
+    assert {s.background for s in scenes} == set(toy.BACKGROUNDS)
     assert {len(s.things) for s in scenes} == {1, 2}
     assert len({s.caption for s in scenes}) > 1000
 
@@ -69,7 +81,7 @@ def test_toy_pictures_are_deterministic_and_noise_is_noise():
         inside = (clean > 40) & (clean < 215)  # where 8 bits do not clip
         differences.append((noisy - clean)[inside])
     spread = np.concatenate(differences).std() / 255
-    assert spread == pytest.approx(data.SENSOR_NOISE, rel=0.05)
+    assert spread == pytest.approx(toy.SENSOR_NOISE, rel=0.05)
     assert toy_world(3, 64, "train")[0].shape == (64, 64, 3)
     with pytest.raises(ValueError, match="unknown"):
         toy_scene(0, "test")
@@ -85,7 +97,7 @@ def test_the_object_has_its_color():
             pixels = toy_world(index, 32, "train", noise=False)[0].astype(float)
             x, y = round(thing.x * 32), round(thing.y * 32)
             seen = pixels[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
-            expected = np.array(data.COLORS[thing.color], float)
+            expected = np.array(toy.COLORS[thing.color], float)
             cosine = seen @ expected / np.linalg.norm(seen) / np.linalg.norm(expected)
             assert cosine > 0.9, (scene.caption, seen)
             found += 1
@@ -153,26 +165,332 @@ def test_any_image_gives_the_target_size(preprocess, shape):
         assert (out == (255, 0, 0)).all()
 
 
+# ----------------------------------------------------------------------------- one picture
+
+
+def encoded(img, kind, **options):
+    buffer = io.BytesIO()
+    img.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def flat(mode, color, kind="PNG", **options):
+    return encoded(Image.new(mode, (6, 5), color), kind, **options)
+
+
+def floats(value):
+    return encoded(Image.fromarray(np.full((5, 6), value, np.float32)), "TIFF")
+
+
+def palette(**options):
+    img = Image.new("P", (6, 5), 1)
+    img.putpalette([9, 9, 9, 200, 100, 0])
+    return encoded(img, "PNG", **options)
+
+
+def film(kind):
+    frames = [Image.new("RGB", (6, 5), color) for color in ("red", "blue")]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+
+
+def over_white(color, alpha):
+    return tuple(round(Fraction(c * alpha + 255 * (255 - alpha), 255)) for c in color)
+
+
+PICTURES = {
+    "rgb": (flat("RGB", (10, 20, 30)), (10, 20, 30)),
+    "grey": (flat("L", 77), (77, 77, 77)),
+    "one bit": (flat("1", 1), (255, 255, 255)),
+    "grey and alpha": (flat("LA", (100, 128)), over_white((100, 100, 100), 128)),
+    "alpha": (flat("RGBA", (200, 0, 90, 64)), over_white((200, 0, 90), 64)),
+    "alpha in webp": (flat("RGBA", (9, 9, 9, 0), "WEBP", lossless=True), (255, 255, 255)),
+    "palette": (palette(), (200, 100, 0)),
+    "transparent palette": (palette(transparency=1), (255, 255, 255)),
+    "palette with alphas": (palette(transparency=bytes([0, 64])), over_white((200, 100, 0), 64)),
+    "transparent colour": (flat("RGB", (1, 2, 3), transparency=(1, 2, 3)), (255, 255, 255)),
+    "16 bits": (flat("I;16", 25700), (100, 100, 100)),  # 25700 = 100 / 255 * 65535
+    "16 bits, white": (flat("I;16", 65535), (255, 255, 255)),
+    "32 bits": (flat("I", 25700, "TIFF"), (100, 100, 100)),
+    "32 bits, too much": (flat("I", -5, "TIFF"), (0, 0, 0)),
+    "floats to 1": (floats(0.2), (51, 51, 51)),
+    "floats to 255": (floats(51.0), (51, 51, 51)),
+    "no numbers": (floats(float("nan")), (0, 0, 0)),
+    "cmyk": (flat("CMYK", (50, 100, 0, 51), "TIFF"), (205 * 0.8, 155 * 0.8, 255 * 0.8)),
+    "cmyk jpeg": (flat("CMYK", (50, 100, 0, 51), "JPEG"), (205 * 0.8, 155 * 0.8, 255 * 0.8)),
+    "animated gif": (film("GIF"), (255, 0, 0)),
+    "animated webp": (film("WEBP"), (255, 0, 0)),
+    "animated png": (film("PNG"), (255, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_mode_becomes_rgb(name):
+    content, expected = PICTURES[name]
+    img = read_image(content)
+    assert img.mode == "RGB" and img.size == (6, 5)
+    assert np.abs(np.asarray(img) - np.array(expected, float)).max() <= (2 if "jpeg" in name else 1)
+
+
+def test_pictures_are_upright():
+    """For each EXIF orientation the sides where the first row and the first column belong."""
+    sides = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left", 5: "left top",
+             6: "right top", 7: "right bottom", 8: "left bottom"}  # fmt: skip
+    stored = np.zeros((2, 3, 3), np.uint8)
+    stored[0], stored[:, 0, 1] = (255, 0, 0), 255  # red is the first row, green the first column
+    for orientation, (row, column) in ((k, v.split()) for k, v in sides.items()):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        shown = np.asarray(read_image(encoded(Image.fromarray(stored), "PNG", exif=exif)))
+        assert shown.shape == ((2, 3, 3) if row in ("top", "bottom") else (3, 2, 3))
+        edges = {"top": shown[0], "bottom": shown[-1], "left": shown[:, 0], "right": shown[:, -1]}
+        assert (edges[row][:, 0] == 255).all() and (shown[..., 0] == 255).sum() == 3 * 1
+        assert (edges[column][:, 1] == 255).all() and (shown[..., 1] == 255).sum() == 2
+
+
+# ----------------------------------------------------------------------------- sources
+
+
+def write_tar(path, members):
+    """`members`: names and bytes."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def small_world(root, count=12):
+    """The same pictures and captions in every kind of source: {kind: spec}."""
+    root.mkdir()
+    folder, members = root / "photos", []
+    rows = []
+    for k in range(count):
+        name, words = f"{'ab'[k % 2]}/{k:02}", [f"picture {k}", f'"{k}" it is, Größe {k}']
+        pixels = np.random.default_rng(k).integers(0, 256, (20 + k, 30, 3), np.uint8)
+        content = encoded(Image.fromarray(pixels), "PNG")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.png").write_bytes(content)
+        text = f"{words[0]}\r\n\n  {words[1]}\t \n"
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
+        members.append([(f"{name}.png", content), (f"{name}.txt", text.encode())])
+        rows += [(f"{name}.png", word) for word in words]
+    order = sorted(range(count), key=lambda k: members[k][0][0])
+    rows = [row for k in order for row in rows[2 * k : 2 * k + 2]]
+    (folder / "a.tsv").write_text("".join(f"{name}\t{word}\n" for name, word in rows))
+    (folder / "b.tsv").write_text("".join(f"{word}\t{name}\n" for name, word in rows))
+    with open(folder / "c.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([("Title", "n", "filepath")])
+        csv.writer(file).writerows((word, 0, name) for name, word in rows)
+    lines = [json.dumps({"image": name, "caption": word, "id": 3}) for name, word in rows]
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    for k in range(4):
+        three = [part for j in order[3 * k : 3 * k + 3] for part in members[j]]
+        write_tar(root / f"{k:03}.tar", three)
+    specs = {"folder": folder, "braces": root / "{000..003}.tar", "glob": root / "*.tar"}
+    specs |= {name: folder / name for name in ("a.tsv", "b.tsv", "c.csv", "d.jsonl")}
+    return {kind: str(spec) for kind, spec in specs.items()}
+
+
+def content_of(dataset):
+    return [(np.asarray(img).tobytes(), captions) for img, captions in map(dataset.__getitem__,
+            range(len(dataset)))]  # fmt: skip
+
+
+def test_every_source_gives_the_same(tmp_path):
+    specs = small_world(tmp_path / "data")
+    train, val = open_dataset(specs["folder"], 32)
+    assert len(train) == 11 and len(val) == 1
+    expected = content_of(train), content_of(val)
+    assert sorted(caption for _, captions in expected[0] + expected[1] for caption in captions) == (
+        sorted(
+            caption for k in range(12) for caption in (f"picture {k}", f'"{k}" it is, Größe {k}')
+        )
+    )
+    for spec in specs.values():
+        train, val = open_dataset(spec, 32)
+        assert (content_of(train), content_of(val)) == expected, spec
+        assert [train.captions_of(i) for i in range(11)] == [words for _, words in expected[0]]
+        silent, _ = open_dataset(spec, 32, captions=False)
+        assert [pixels for pixels, _ in content_of(silent)] == [p for p, _ in expected[0]]
+        assert silent[0][1] == []
+    train, val = open_dataset(specs["folder"], 32, val=specs["glob"])
+    assert len(train) == len(val) == 12
+
+
+def test_img2dataset_shards(tmp_path):
+    """The caption is in the .txt, or else in the .json; without one a picture is left out."""
+    picture = flat("RGB", "red", "JPEG")
+    about = {"caption": "from json", "url": "http://x", "width": 6, "exif": "{}"}
+    members = [("./0000.jpg", picture), ("./0000.json", json.dumps(about).encode()),
+               ("./0000.txt", b"from text"), ("1.jpg", picture), ("1.json", b'{"caption": null}'),
+               ("2.webp", picture), ("2.json", json.dumps(about).encode()), ("3.jpg", picture),
+               ("4.txt", b"no picture"), ("5.cls", b"7")]  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    tars = data.open_pictures(str(tmp_path / "0.tar"), True, False)
+    assert [tars.captions_of(i) for i in range(len(tars))] == [["from text"], [], ["from json"]]
+    assert tars.counts() == "3 pictures, 1 without a caption"
+    with pytest.raises(ValueError, match=r"^unreadable: .*0.tar/1.jpg cannot be read \(its"):
+        tars[1]
+    assert len(data.open_pictures(str(tmp_path / "0.tar"), False, False)) == 4
+
+
+def numbered_shards(root, sizes):
+    """Shards of pictures whose colour is their number; their number in all."""
+    k = 0
+    for shard, size in enumerate(sizes):
+        color = [(j // 256, j % 256, 0) for j in range(k, k + size)]
+        members = [(f"{k + j}.png", flat("RGB", color[j])) for j in range(size)]
+        write_tar(root / f"{shard:02}.tar", members)
+        k += size
+    return k
+
+
+def number_of(img, captions, rng):
+    red, green, _ = img.getpixel((0, 0))
+    return [torch.tensor([red * 256 + green, rng.randrange(10**9)])]
+
+
+def test_tars_over_ranks_and_workers(tmp_path):
+    """Two ranks with two workers each: no sample twice in an epoch, fewer than a batch left out,
+    the same steps as one process; each rank reads its own shards."""
+    n, batch_size = numbered_shards(tmp_path, [40, 25, 7, 1, 38, 30, 33, 29]), 8
+    tars = data.open_pictures(str(tmp_path / "*.tar"), False, False)
+    samples, per_epoch = training.Samples(tars, number_of, seed=3), n // batch_size
+
+    def steps(rank, size, micro_batch, workers, start=0):
+        world = training.World(rank, size, torch.device("cpu"))
+        batches = training.micro_batches(
+            samples, world, start, 2 * per_epoch, batch_size, micro_batch, workers
+        )
+        return torch.cat([tensors[0] for tensors, _ in batches]).view(-1, batch_size // size, 2)
+
+    ranks = [steps(rank, 2, 2, workers=2) for rank in (0, 1)]
+    both = torch.cat(ranks, 1)
+    alone = steps(0, 1, 8, workers=0)
+    assert (both.sort(1).values == alone.sort(1).values).all()
+    assert (steps(0, 1, 8, workers=0, start=9) == alone[9:]).all()
+    left_out = []
+    for epoch in both[..., 0].split(per_epoch):
+        seen = epoch.flatten().tolist()
+        assert len(set(seen)) == len(seen) > n - batch_size
+        left_out.append(set(range(n)) - set(seen))
+    assert left_out[0] != left_out[1]
+    first, second = (part[:per_epoch, :, 0].flatten().tolist() for part in ranks)
+    shard = np.repeat(np.arange(8), [40, 25, 7, 1, 38, 30, 33, 29])
+    shared = set(shard[first]) & set(shard[second])
+    assert len(shared) <= 4  # the two or so in which one of the four groups of lanes ends
+
+
+def test_a_small_tar_is_cycled(tmp_path):
+    numbered_shards(tmp_path, [3])
+    tars = data.open_pictures(str(tmp_path / "00.tar"), False, False)
+    samples = training.Samples(tars, number_of, seed=0)
+    epochs = np.array([samples.item(position, 8) for position in range(12)]).reshape(4, 3)
+    assert (np.sort(epochs) == range(3)).all()
+
+
+def test_shards_must_be_there_and_whole(tmp_path):
+    numbered_shards(tmp_path, [5, 5, 5])
+    spec = str(tmp_path / "{00..02}.tar")
+    assert len(data.open_pictures(spec, False, False)) == 15
+    with pytest.raises(ValueError, match="holds 15 images and no captions"):
+        open_dataset(spec, 32)
+    whole = (tmp_path / "01.tar").read_bytes()
+    end = whole.rindex(b"IEND")
+    end += -end % 512  # of the last body; two empty blocks follow
+    for length in (0, 100, 512, 700, end - 512, end - 1, end):
+        (tmp_path / "01.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"01.tar is not a whole \.tar"):
+            open_dataset(spec, 32)
+    (tmp_path / "01.tar").write_bytes(whole[:end] + bytes(512))
+    assert len(data.open_pictures(spec, False, False)) == 15
+    (tmp_path / "01.tar").write_bytes(whole[:2048] + b"x" + whole[2049:])  # a bit of a header
+    with pytest.raises(ValueError, match="01.tar is not a whole"):
+        open_dataset(spec, 32)
+    (tmp_path / "01.tar").unlink()
+    with pytest.raises(ValueError, match="01.tar does not exist"):
+        open_dataset(spec, 32)
+    for odd in ("*.gz.tar", "{5..3}.tar"):
+        with pytest.raises(ValueError, match="shard"):
+            open_dataset(str(tmp_path / odd), 32)
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        (
+            "a.tsv",
+            "x.png\tone\nnone.png\ttwo\nno.png\tthree",
+            r"line 2: no file 'none.png'.*2 such",
+        ),
+        ("a.tsv", "path\tcaption\nhttp://x/y.jpg\tone", "line 2: .*img2dataset"),
+        ("a.csv", "one,two\nthree,four", "names no files"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", "path,n\nx.png,3", "no captions"),
+        ("a.jsonl", '{"path": "x.png"}\n\n[3]', "line 3: expected an object"),
+        ("a.jsonl", '{"path": "x.png", ', "line 1: expected an object"),
+        ("a.jsonl", '{"caption": "one"}', "line 1: no file ''"),
+    ],
+)
+def test_bad_tables_are_refused(name, content, expected, tmp_path):
+    (tmp_path / "x.png").write_bytes(flat("RGB", "red"))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=expected):
+        open_dataset(str(tmp_path / name), 32)
+
+
 def test_folders(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        data.open_dataset(str(tmp_path / "nowhere"), 32)
-    with pytest.raises(ValueError, match="no images"):
-        data.open_dataset(str(tmp_path), 32)
+        open_dataset(str(tmp_path / "nowhere"), 32)
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(ValueError, match=r"no images.*NAME/\*\.tar"):
+        open_dataset(str(tmp_path), 32)
     (tmp_path / "sub").mkdir()
     for k in range(40):
         path = tmp_path / ("sub" if k % 2 else ".") / f"{k}.png"
         Image.new("L" if k % 3 else "RGBA", (20 + k, 30)).save(path)
     with pytest.raises(ValueError, match="no captions"):
-        data.open_dataset(str(tmp_path), 32)
-    train, val = data.open_dataset(str(tmp_path), 32, captions=False)
-    assert len(train) == 38 and len(val) == 2
-    assert not set(train.files) & set(val.files)
+        open_dataset(str(tmp_path), 32)
+    train, val = open_dataset(str(tmp_path), 32, captions=False)
+    assert len(train) == 38 and len(val) == 2 and not set(train.index) & set(val.index)
     for k in range(30):
         (tmp_path / ("sub" if k % 2 else ".") / f"{k}.txt").write_text("one\n\n two \n")
-    train, val = data.open_dataset(str(tmp_path), 32)
-    assert len(train) + len(val) == 30
+    train, val = open_dataset(str(tmp_path), 32)
+    assert len(train) + len(val) == 30 and train.counts() == "30 pictures, 10 without a caption"
     img, captions = train[0]
     assert img.mode == "RGB" and captions == ["one", "two"]
-    train.files[0].write_bytes(b"not a picture")
+    train.path(train.index[0]).write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="cannot be read"):
         train[0]
+
+
+def test_filters(tmp_path):
+    """Of Appendix C, with why on every one they drop."""
+    cases = {"a red cube": None, "cube": "caption too short", "12 34 cube": "caption too short",
+             "Фото кошки на окне": "caption not English", "IMG_1234.jpg": "caption is boilerplate",
+             "DSC 0042": "caption is boilerplate", "a café in Zürich": None,
+             "¿?": "caption too short",
+             "a view, photographed on 3 May 2007": "caption is boilerplate"}  # fmt: skip
+    shapes = {(20, 10): None, (10, 20): None, (21, 10): "aspect ratio", (10, 21): "aspect ratio"}
+    pairs = [(caption, (9, 9), why) for caption, why in cases.items()]
+    pairs += [("a red cube", shape, why) for shape, why in shapes.items()]
+    for k, (caption, shape, _) in enumerate(pairs):
+        Image.new("RGB", shape).save(tmp_path / f"{k:02}.png")
+        (tmp_path / f"{k:02}.txt").write_text(caption, encoding="utf-8")
+    (tmp_path / "99.png").write_bytes(flat("RGB", "red"))
+    (tmp_path / "99.txt").write_text("IMG_1\na good one\n")
+    pictures = data.open_pictures(str(tmp_path), True, True)
+    found = Counter()
+    for i, (caption, _, why) in enumerate(pairs):
+        if why:
+            with pytest.raises(ValueError, match=rf"^filtered: {why}: .*{i:02}\.png$"):
+                pictures[i]
+            found[why] += 1
+        else:
+            assert pictures[i][1] == [caption]
+        assert pictures.captions_of(i) == ([] if why and "caption" in why else [caption])
+    assert found == Counter(filter(None, [*cases.values(), *shapes.values()]))
+    assert pictures[len(pairs)][1] == ["a good one"]
+    unfiltered = data.open_pictures(str(tmp_path), True, False)
+    assert [unfiltered[i][1] for i in range(len(pairs))] == [[caption] for caption, *_ in pairs]
+    assert sources.MIN_WORDS == 2

@@ -20,7 +20,7 @@ import sample
 from bpe import BPE
 from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
-from sample import Drawing, describe, draw, read_image
+from sample import Drawing, describe, draw, middle_square
 from transformer import Transformer, TransformerConfig, pad_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,11 +157,11 @@ def test_the_middle_of_a_picture():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 96, 3), np.uint8)
     middle = pixels[:, 32:64].astype(float)
     expected = middle.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    found = np.asarray(read_image(Image.fromarray(pixels), 16, 4), float)
+    found = np.asarray(middle_square(Image.fromarray(pixels), 16, 4), float)
     assert np.abs(found - expected).max() <= 1  # rounded along each axis
-    tall = read_image(Image.fromarray(pixels).rotate(90, expand=True), 16, 4)
+    tall = middle_square(Image.fromarray(pixels).rotate(90, expand=True), 16, 4)
     assert np.abs(np.asarray(tall.rotate(-90), float) - expected).max() <= 1
-    assert read_image(Image.new("L", (5, 4)), 16, 4).size == (16, 16)
+    assert middle_square(Image.new("L", (5, 4)), 16, 4).size == (16, 16)
 
 
 def test_a_picture_goes_on(mini, main, tmp_path):
@@ -198,7 +198,9 @@ def test_captions_are_scored(mini, bare, main, tmp_path):
     found = describe(PROMPTS, photo, mini, batch_size=2)
     bpe, dvae, prior = sample.load_run(mini, "cpu")
     clip = sample.load_reranker(mini, "cpu")
-    square = torch.from_numpy(np.array(read_image(photo, SIDE, GRID))).permute(2, 0, 1)[None] / 255
+    square = (
+        torch.from_numpy(np.array(middle_square(photo, SIDE, GRID))).permute(2, 0, 1)[None] / 255
+    )
     assert {row.caption for row in found} == set(PROMPTS)
     for caption, image, text, cosine in found:
         ids = pad_text(bpe.encode(caption), 12, bpe.vocab_size)[None]

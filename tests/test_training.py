@@ -144,13 +144,13 @@ def test_unreadable_samples_give_their_place_to_the_next():
     samples = training.Samples(Numbers(10, broken={3, 4}), number_and_draw, seed=0)
     seen, skipped = [], []
     for k in range(10):
-        (item,), messages = samples[k]
+        (item,), messages = samples[k, samples.item(k, 1)]
         seen.append(int(item[0]))
         skipped += messages
     assert len(seen) == 10 and not {3, 4} & set(seen)
     assert set(skipped) == {"3 is broken", "4 is broken"}
-    with pytest.raises(ValueError, match="no readable sample"):
-        training.Samples(Numbers(3, broken={0, 1, 2}), number_and_draw, seed=0)[0]
+    with pytest.raises(ValueError, match="no usable sample"):
+        training.Samples(Numbers(3, broken={0, 1, 2}), number_and_draw, seed=0)[0, 0]
 
 
 def test_batch_sizes_must_divide():
