@@ -1,5 +1,5 @@
 """
-Pictures on paper, on disk and in a terminal: contact sheets, half blocks, files written whole.
+Pictures in and out: read and cut for a model, on a contact sheet, in a terminal, in a file.
 """
 
 import os
@@ -7,8 +7,41 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from data import area_resize, crop_square
+from sources import read_image, to_rgb
+
+
+def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
+    """The middle square of a picture at size × size pixels, RGB: the centre of Listing 2.
+
+    ValueError for what cannot be read, or has fewer pixels to a side than the grid has tokens.
+    """
+    name = "the image"
+    if not isinstance(image, Image.Image):
+        name = str(image)
+        try:
+            image = read_image(Path(image).read_bytes())
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{name} cannot be read as an image ({reason})") from error
+    if min(image.size) < grid:
+        raise ValueError(
+            f"{name} is tiny: {image.width} × {image.height} pixels; this model cuts a picture "
+            f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
+        )
+    x, y = ((side - min(image.size)) // 2 for side in image.size)
+    return area_resize(crop_square(to_rgb(image), x, y, size), size)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in [0, 1] to PIL images."""
+    pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(x) for x in pixels.cpu().numpy()]
 
 
 def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int) -> Image.Image:
@@ -56,7 +89,8 @@ def check_output(path: Path, *kinds: str) -> None:
     """ValueError where a picture could not be written to `path` later. Leaves nothing behind."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in (kinds or Image.SAVE):
-        raise ValueError(f"{path}: expected the name of a picture, such as cube.{kinds or 'png'}")
+        suffix = kinds[0].lower() if kinds else "png"
+        raise ValueError(f"{path}: expected the name of a picture, such as cube.{suffix}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):

@@ -35,10 +35,8 @@ from tqdm import tqdm
 
 from bpe import BPE
 from clip import CLIP, load_clip
-from data import area_resize, crop_square
 from dvae import DVAE, load_dvae
-from pictures import check_output, contact_sheet, terminal, write
-from sources import read_image, to_rgb
+from pictures import check_output, contact_sheet, middle_square, terminal, to_images, write
 from training import derive, fail, load, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
@@ -82,9 +80,17 @@ def load_run(run_dir: Path, device: str, dtype: str = "fp32") -> tuple[BPE, DVAE
 
 @lru_cache(maxsize=1)
 def load_reranker(run_dir: Path, device: str) -> CLIP | None:
-    """The contrastive model of a run, or None where it has none."""
+    """The contrastive model of a run, or None where it has none. ValueError for one of another."""
     path = run_dir / "clip.pt"
-    return load_clip(path).to(device) if path.is_file() else None
+    if not path.is_file():
+        return None
+    clip, vocab = load_clip(path), BPE.load(run_dir / "bpe.json").vocab_size
+    if clip.config.text_vocab != vocab:
+        raise ValueError(
+            f"the files in {run_dir} are not of one run: clip.pt has {clip.config.text_vocab} text "
+            f"tokens, bpe.json {vocab}"
+        )
+    return clip.to(device)
 
 
 def encode_prompt(prompt: str, bpe: BPE, prior: Transformer) -> Tensor:
@@ -103,34 +109,6 @@ def encode_prompt(prompt: str, bpe: BPE, prior: Transformer) -> Tensor:
             "words that the model was trained on, which take fewer tokens"
         )
     return pad_text(ids, prior.config.text_len, prior.config.text_vocab)
-
-
-def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
-    """The middle square of a picture at size × size pixels, RGB: the centre of Listing 2.
-
-    ValueError for what cannot be read, or has fewer pixels to a side than the grid has tokens.
-    """
-    name = "the image"
-    if not isinstance(image, Image.Image):
-        name = str(image)
-        try:
-            image = read_image(Path(image).read_bytes())
-        except (ValueError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{name} cannot be read as an image ({reason})") from error
-    if min(image.size) < grid:
-        raise ValueError(
-            f"{name} is tiny: {image.width} × {image.height} pixels; this model cuts a picture "
-            f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
-        )
-    x, y = ((side - min(image.size)) // 2 for side in image.size)
-    return area_resize(crop_square(to_rgb(image), x, y, size), size)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [0, 1] to PIL images."""
-    pixels = pixels.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return [Image.fromarray(x) for x in pixels.cpu().numpy()]
 
 
 def similarity(clip: CLIP, bpe: BPE, prompts: list[str], images: Tensor) -> Tensor:
@@ -502,6 +480,11 @@ def paint_all(args: argparse.Namespace) -> None:
     check_output(args.out)
     if args.gif:
         check_output(args.gif, "GIF")
+    kept = len(args.prompt) * (args.top or args.candidates) if args.each else 0
+    parts = [args.out.with_name(f"{args.out.stem}-{k:02}{args.out.suffix}") for k in range(kept)]
+    for path in parts:
+        if path.exists():
+            check_output(path)
     names = {field.name for field in fields(Drawing)} - {"prompts"}
     options = {name: value for name, value in vars(args).items() if name in names}
     drawing, frames, stopped = Drawing(args.prompt, **options), [], False
@@ -521,8 +504,7 @@ def paint_all(args: argparse.Namespace) -> None:
     if not pictures:
         raise KeyboardInterrupt
     write(drawing.sheet(rows), args.out, drawing.record(pictures))
-    for k, picture in enumerate(pictures if args.each else ()):
-        path = args.out.with_name(f"{args.out.stem}-{k:02}{args.out.suffix}")
+    for path, picture in zip(parts, pictures):
         write(picture.image, path, drawing.record([picture]))
     if frames and args.gif:
         times = [150] * (len(frames) - 1) + [2000]  # ms

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,7 +22,8 @@ import sample
 from bpe import BPE
 from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
-from sample import Drawing, describe, draw, middle_square
+from pictures import middle_square
+from sample import Drawing, describe, draw
 from transformer import Transformer, TransformerConfig, pad_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,6 +307,8 @@ def photo(path, size=(20, 20), **options):
         (["--prompts", "empty.txt"], "no prompt"),
         (["caf\udce9"], "no UTF-8"),
         (["a cone", " "], "empty"),
+        (["x" * 999], "tokens"),
+        (["a cone", "--run-dir", "."], "train it with"),
         (["a cone", "--candidates", "0"], "candidates is 0"),
         (["a cone", "--candidates", "4", "--top", "0"], "1 to 4"),
         (["a cone", "--candidates", "4", "--top", "5"], "1 to 4"),
@@ -311,6 +316,7 @@ def photo(path, size=(20, 20), **options):
         (["a cone", "--batch-size", "-1"], "batch_size is -1"),
         (["a cone", "--temperature", "nan"], "temperature"),
         (["a cone", "--top-p", "0"], "top_p"),
+        (["a cone", "--top-k", "0"], "top_k"),
         (["a cone", "--seed", "x"], "--seed"),
         (["a cone", "--guidance", "2", "--run-dir", "BARE"], "--caption-dropout"),
         (["a cone", "--guidance", "-1"], "guidance"),
@@ -329,10 +335,14 @@ def photo(path, size=(20, 20), **options):
         (["--repeat", "photo.png"], "sample.py has drawn"),
         (["--repeat", "hostile.png"], "sample.py has drawn"),
         (["a cone", "-o", "folder.png"], "is a folder"),
+        (["a cone", "-o", "part.png", "--each"], "part-00.png is a folder"),
         (["a cone", "-o", "x" * 255 + ".png"], "too long"),
         (["a cone", "-o", "nowhere/a.png"], "does not exist"),
-        (["a cone", "--gif", "a.png"], "name of a picture"),
+        (["a cone", "-o", "picture"], "name of a picture"),
+        (["a cone", "-o", "picture.psd"], "name of a picture"),
+        (["a cone", "--gif", "a.png"], "such as cube.gif"),
         (["a cone", "--device", "cuda:x"], "not there"),
+        (["a cone", "--device", "gpu"], "not there"),
         (["a cone", "--dtype", "bf16"], "GPU"),
         (["a cone", "--dtype", "int8"], "--dtype"),
     ],
@@ -346,6 +356,7 @@ def test_bad_input_is_one_line_and_exit_2(args, expected, mini, bare, main, tmp_
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "part-00.png").mkdir()
     there = sorted(tmp_path.iterdir())
     args = [str(bare) if arg == "BARE" else arg for arg in args]
     if "--run-dir" not in args and "--repeat" not in args:
@@ -354,6 +365,24 @@ def test_bad_input_is_one_line_and_exit_2(args, expected, mini, bare, main, tmp_
     (message,) = err.strip().splitlines()
     assert code == 2 and expected in message
     assert sorted(tmp_path.iterdir()) == there
+
+
+OPTIONS = sorted({name for a in sample.make_parser()._actions for name in a.option_strings})
+
+
+@given(
+    st.lists(st.sampled_from(OPTIONS) | st.text(max_size=4) | st.sampled_from("019-"), max_size=6)
+)
+@settings(max_examples=200, deadline=None)
+def test_any_command_line_is_read_or_refused(argv):
+    try:
+        args = sample.parse(argv)
+    except (ValueError, OSError):
+        return
+    except SystemExit as stopped:
+        assert stopped.code == 2 or {"-h", "--help"} & set(argv)
+        return
+    assert args.prompt
 
 
 def test_best_of_n():
