@@ -358,6 +358,8 @@ def describe(
     device: str | None = None,
 ) -> list[Description]:
     """How likely a picture is under each caption, the likeliest first. ValueErrors as in draw."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     run_dir, device = Path(run_dir or find_run()), pick_device(device)
     bpe, dvae, prior = load_run(run_dir, str(device))
     clip = load_reranker(run_dir, str(device))
@@ -491,9 +493,11 @@ def paint_all(args: argparse.Namespace) -> None:
     print(f"drawing from {drawing.run_dir}")
 
     def watch() -> None:
-        frames.append(drawing.sheet(drawing.pictures(undrawn=True)))
+        sheet = drawing.sheet(drawing.pictures(undrawn=True))
         if args.watch:
-            write(frames[-1], args.out)
+            write(sheet, args.out)
+        if args.gif:
+            frames.append(sheet)
 
     try:
         drawing.draw(True, watch if args.watch or args.gif else None)
@@ -506,12 +510,13 @@ def paint_all(args: argparse.Namespace) -> None:
     write(drawing.sheet(rows), args.out, drawing.record(pictures))
     for path, picture in zip(parts, pictures):
         write(picture.image, path, drawing.record([picture]))
-    if frames and args.gif:
+    if frames:
         times = [150] * (len(frames) - 1) + [2000]  # ms
         film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         write(frames[0], args.gif, **film)
     if args.preview:
-        small = contact_sheet([(picture.image, "") for picture in pictures], len(pictures))
+        cells = [(picture.image, "") for picture in pictures]
+        small = contact_sheet(cells, min(4, len(cells)))
         print(terminal(small, shutil.get_terminal_size().columns))
     for picture in pictures if drawing.clip else ():
         score = "unfinished" if picture.score is None else f"{picture.score:.3f}"
@@ -530,10 +535,9 @@ def main() -> None:
         args = parse(sys.argv[1:])
         if not args.describe:
             return paint_all(args)
+        found = describe(args.prompt, args.describe, args.run_dir, args.batch_size, args.device)
         print("image|caption  caption  cosine  (nats per token, the likeliest first)")
-        for caption, image, text, cosine in describe(
-            args.prompt, args.describe, args.run_dir, args.batch_size, args.device
-        ):
+        for caption, image, text, cosine in found:
             cosine = "–" if cosine is None else f"{cosine:.3f}"
             print(f"{image:13.3f}  {text:7.3f}  {cosine:>6}  {caption}")
     except (ValueError, OSError) as error:

@@ -330,6 +330,7 @@ def photo(path, size=(20, 20), **options):
         (["a cone", "--describe", "empty.txt"], "cannot be read"),
         (["a cone", "--describe", "photo.png", "--gif", "a.gif"], "exclude"),
         (["a cone", "--describe", "photo.png", "--top", "1"], "exclude"),
+        (["a cone", "--describe", "photo.png", "--batch-size", "0"], "batch_size is 0"),
         (["--describe", "photo.png"], "no prompt"),
         (["a cone", "--repeat", "photo.png"], "exclude"),
         (["--repeat", "photo.png"], "sample.py has drawn"),
