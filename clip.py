@@ -295,14 +295,13 @@ def print_cosines(run_dir: Path, pictures: list[str], captions: list[str]) -> No
 
     model, bpe = load_clip(run_dir / "clip.pt"), BPE.load(run_dir / "bpe.json")
     text = model.encode_text(torch.stack([model.pad(bpe.encode(c)) for c in captions]))
-    print("".join(f"{k:>8}" for k in range(1, len(captions) + 1)))
+    lines = ["".join(f"{k:>8}" for k in range(1, len(captions) + 1))]
     for path in pictures:
         with Image.open(path) as img:
             pixels = torch.from_numpy(np.array(img.convert("RGB")))
         cosines = model.encode_image(pixels.permute(2, 0, 1)[None] / 255) @ text.T
-        print("".join(f"{x:8.3f}" for x in cosines[0].tolist()), path, sep="  ")
-    for k, caption in enumerate(captions, 1):
-        print(f"{k:>8}  {caption}")
+        lines.append("".join(f"{x:8.3f}" for x in cosines[0].tolist()) + f"  {path}")
+    print("\n".join(lines + [f"{k:>8}  {caption}" for k, caption in enumerate(captions, 1)]))
 
 
 def main() -> None:
