@@ -381,6 +381,23 @@ def test_tars_over_ranks_and_workers(tmp_path):
     assert len(shared) <= 4  # the two or so in which one of the four groups of lanes ends
 
 
+def test_epochs_differ(tmp_path, monkeypatch):
+    """In the order of the shards, and in what is left out even of a single one."""
+    sizes = [9, 8, 10, 7]
+    numbered_shards(tmp_path, sizes)
+    tars = data.open_pictures(str(tmp_path / "*.tar"), False, False)
+    one = data.open_pictures(str(tmp_path / "02.tar"), False, False)
+    left_out = [set(range(10)) - set(one.order(seed, 4).tolist()) for seed in range(30)]
+    assert {len(some) for some in left_out} == {2} and len(set().union(*left_out)) == 10
+    monkeypatch.setattr(sources, "WINDOW", 1)  # nothing is shuffled within a shard
+    shard, orders = np.repeat(range(4), sizes), set()
+    for seed in range(30):
+        order = tars.order(seed, 1)
+        assert sorted(order) == list(range(sum(sizes)))
+        orders.add(tuple(dict.fromkeys(shard[order].tolist())))
+    assert len(orders) > 6
+
+
 def test_a_small_tar_is_cycled(tmp_path):
     numbered_shards(tmp_path, [3])
     tars = data.open_pictures(str(tmp_path / "00.tar"), False, False)
@@ -437,6 +454,17 @@ def test_bad_tables_are_refused(name, content, expected, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=expected):
         open_dataset(str(tmp_path / name), 32)
+
+
+def test_captions_of_any_encoding(tmp_path):
+    (tmp_path / "x.png").write_bytes(flat("RGB", "red"))
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfpath,caption\nx.png,"Gr\xfc\xdfe,\r\n\x00ok"\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        rb'{"path": "x.png", "text": "\ud83d\u0007 half \ufeffpair"}'
+    )
+    for name, caption in (("a.csv", "Gr\ufffd\ufffde, ok"), ("a.jsonl", "\ufffd  half  pair")):
+        table = data.open_pictures(str(tmp_path / name), True, False)
+        assert table[0][1] == table.captions_of(0) == [caption]
 
 
 def test_folders(tmp_path):
