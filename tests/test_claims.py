@@ -69,13 +69,14 @@ def test_only_runs_that_are_missing_are_trained(monkeypatch, tmp_path, capsys):
     script = """import json, pathlib, sys
 if "--bad" in sys.argv: sys.exit("wrong words")
 run = pathlib.Path(sys.argv[sys.argv.index("--run-dir") + 1])
-run.mkdir()
-entry = {"step": int(sys.argv[sys.argv.index("--steps") + 1]), "mine": sys.argv[-1]}
+run.mkdir(exist_ok=True)
+entry = {"val_x": 1, "step": int(sys.argv[sys.argv.index("--steps") + 1]), "mine": sys.argv[-1]}
 (run / "log.jsonl").write_text(json.dumps(entry))
 """
     (tmp_path / "trainer.py").write_text(script)
     monkeypatch.setattr(claims, "HERE", tmp_path)
-    write_log(tmp_path / "a", step=7, mine="kept")
+    write_log(tmp_path / "a", step=7, val_x=1, mine="kept")
+    write_log(tmp_path / "b", step=7, mine="stopped before its validation")
     runs = {tmp_path / "a": ["--bad"], tmp_path / "b": ["--x", "new"], tmp_path / "c": ["newer"]}
     assert [entry["mine"] for entry in train("trainer.py", runs, 7)] == ["kept", "new", "newer"]
     assert "1 of 3 runs are there" in capsys.readouterr().out
