@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -137,8 +138,9 @@ class Axis:
 # ----------------------------------------------------------------------------- drawing
 
 
-def font(size: int = TEXT) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size * FINE)
+@lru_cache
+def font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(TEXT * FINE)
 
 
 def width_of(text: str) -> float:
@@ -288,7 +290,8 @@ def plot(panels: list[Panel], path: str | Path, columns: int = 3) -> None:
     for frame in frames:
         draw_panel(pen, frame)
     picture = pen.picture.reduce(FINE)
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
 
 
 # ----------------------------------------------------------------------------- curves of runs
