@@ -150,9 +150,15 @@ def kl_weight() -> Outcome:
         [beta, mean(c), min(c), max(c), mean(p), min(p), max(p)]
         for beta, c, p in zip(betas, codes, psnr)
     ]
+
+    def holds(low: list[float], high: list[float]) -> str:
+        if min(high) > max(low):
+            return "holds here for every seed"
+        return "undecided here, seeds overlap" if max(high) > min(low) else "does not hold here"
+
     verdicts = [
-        f"{what}: {'holds' if min(v[2]) > max(v[1]) else 'does not hold'} here, "
-        f"{mean(v[1]):{form}} with beta = 1, {mean(v[2]):{form}} with 6.6, after {STEPS} steps"
+        f"{what}: {holds(v[1], v[2])}, {mean(v[1]):{form}} with beta = 1 and {mean(v[2]):{form}} "
+        f"with 6.6 after {STEPS} steps"
         for what, v, form in (("codes in use", codes, ".0f"), ("PSNR in dB", psnr, ".1f"))
     ]
     places = [0.0, 1.0, 2.0]
