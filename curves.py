@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FINE = 3  # everything is drawn this many times larger and reduced, against jagged edges
-WIDTH, HEIGHT = 300, 190  # pixels of a plot, without its labels
+WIDTH, HEIGHT = 300, 190  # pixels of a plot without its labels
 LINE, TEXT = 18, 13  # pixels: the height of a line of text, the size of its font
 
 
@@ -42,7 +43,8 @@ class Series:
 
 @dataclass
 class Panel:
-    """Series over common axes. `x_ticks` puts labels of one's own at places of one's own."""
+    """Series over common axes. `x_ticks` puts labels of one's own, of a line or more, at places
+    of one's own."""
 
     title: str
     x_label: str
@@ -51,6 +53,7 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     x_ticks: dict[float, str] = field(default_factory=dict)
+    width: int = WIDTH
 
 
 # ----------------------------------------------------------------------------- axes
@@ -135,13 +138,14 @@ class Axis:
 # ----------------------------------------------------------------------------- drawing
 
 
-def font(size: int = TEXT) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size * FINE)
+@lru_cache
+def font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(TEXT * FINE)
 
 
 def width_of(text: str) -> float:
     """In pixels of the finished picture."""
-    return font().getlength(text) / FINE
+    return max(font().getlength(line) for line in text.split("\n")) / FINE
 
 
 def legend_rows(panel: Panel) -> list[list[Series]]:
@@ -149,7 +153,7 @@ def legend_rows(panel: Panel) -> list[list[Series]]:
     rows, used = [[]], 0.0
     for series in panel.series:
         width = width_of(series.name) + 36
-        if series.name and rows[-1] and used + width > WIDTH:
+        if series.name and rows[-1] and used + width > panel.width:
             rows, used = [*rows, []], 0.0
         if series.name:
             rows[-1].append(series)
@@ -173,13 +177,14 @@ class Frame:
         overhang = max(width_of(label) for label in self.x.ticks.values()) / 2
         self.before = max(LINE + 8 + tick_width, overhang) + 8
         self.above = 6 + LINE * (1 + len(self.legend)) + 8
-        self.width = self.before + WIDTH + overhang + 12
-        self.height = self.above + HEIGHT + 2 * LINE + 12
+        self.width = self.before + panel.width + overhang + 12
+        self.below = 5 + LINE * max(1 + label.count("\n") for label in self.x.ticks.values())
+        self.height = self.above + HEIGHT + self.below + LINE + 7
         self.left = self.top = 0.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Pixels of the finished picture."""
-        return self.left + self.x.at(x) * WIDTH, self.top + (1 - self.y.at(y)) * HEIGHT
+        return self.left + self.x.at(x) * self.panel.width, self.top + (1 - self.y.at(y)) * HEIGHT
 
 
 def layout(panels: list[Panel], columns: int) -> tuple[tuple[int, int], list[Frame]]:
@@ -221,7 +226,7 @@ class Pen:
         self.draw.ellipse([FINE * v for v in (x - r, y - r, x + r, y + r)], color)
 
     def text(self, x: float, y: float, text: str, anchor: str, color: str = "#333333") -> None:
-        self.draw.text((x * FINE, y * FINE), text, color, font(), anchor)
+        self.draw.text((x * FINE, y * FINE), text, color, font(), anchor, align="center")
 
     def text_upwards(self, x: float, y: float, text: str) -> None:
         """Centred on (x, y)."""
@@ -235,7 +240,7 @@ class Pen:
 
 def draw_panel(pen: Pen, frame: Frame) -> None:
     panel, left, top = frame.panel, frame.left, frame.top
-    right, bottom = left + WIDTH, top + HEIGHT
+    right, bottom = left + panel.width, top + HEIGHT
     pen.text(left, top - frame.above + 6, panel.title, "la", "#000000")
     for r, row in enumerate(frame.legend):
         x, y = left, top - 8 - LINE * (len(frame.legend) - r - 0.5)
@@ -247,7 +252,7 @@ def draw_panel(pen: Pen, frame: Frame) -> None:
             x += width_of(series.name) + 36
 
     for value, label in frame.x.ticks.items():
-        x = left + frame.x.at(value) * WIDTH
+        x = left + frame.x.at(value) * panel.width
         pen.line([(x, top), (x, bottom)], "#e4e4e4", 0.7)
         pen.text(x, bottom + 5, label, "ma")
     for value, label in frame.y.ticks.items():
@@ -255,7 +260,7 @@ def draw_panel(pen: Pen, frame: Frame) -> None:
         pen.line([(left, y), (right, y)], "#e4e4e4", 0.7)
         pen.text(left - 6, y, label, "rm")
     pen.line([(left, top), (left, bottom), (right, bottom)], "#888888", 1)
-    pen.text((left + right) / 2, bottom + LINE + 8, panel.x_label, "ma")
+    pen.text((left + right) / 2, bottom + frame.below + 3, panel.x_label, "ma")
     pen.text_upwards(left - frame.before + LINE / 2 + 4, (top + bottom) / 2, panel.y_label)
 
     for series in sorted(panel.series, key=lambda s: not s.pale):
@@ -285,7 +290,8 @@ def plot(panels: list[Panel], path: str | Path, columns: int = 3) -> None:
     for frame in frames:
         draw_panel(pen, frame)
     picture = pen.picture.reduce(FINE)
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    picture.save(path, optimize=True)
 
 
 # ----------------------------------------------------------------------------- curves of runs
@@ -308,9 +314,9 @@ CURVES = {
         ("prior: step size", "step size", "lr", None, True),
     ],
     "clip": [
-        ("reranker: loss, pale: training", "nats", "val_loss", "loss", False),
-        ("reranker: pairs matched", "share", "val_accuracy", "accuracy", False),
-        ("reranker: step size", "step size", "lr", None, True),
+        ("CLIP: loss, pale: training", "nats", "val_loss", "loss", False),
+        ("CLIP: captions found, pale: training", "share", "val_captions_found", "accuracy", False),
+        ("CLIP: step size", "step size", "lr", None, True),
     ],
 }  # fmt: skip
 
