@@ -181,7 +181,6 @@ def rerank() -> Outcome:
     """Of N candidates the one that a contrastive model likes best is kept; quality rises clearly
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
     from clip import load_clip
-
     from judge import best_of, judge_candidates
 
     prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
