@@ -8,6 +8,7 @@ of colour and shape and of pairs that no training picture or caption held (3.3).
 
     python judge.py                        # the newest run, else pretrained/tiny
     python judge.py --run-dir runs/tiny --prompts 200
+    python judge.py --candidates 64        # also the best of N by clip.pt: a table, rerank.png
 """
 
 import argparse
@@ -19,9 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from curves import COLORS as LINES
+from curves import Panel, Series, plot
 from data import COLORS, SHAPES, Scene, render, toy_scene, toy_world
-from sample import draws, encode_prompt, find_run, load_run
-from training import door, fail
+from pictures import check_output
+from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity
+from training import derive, door, fail
 
 SIZE = 32  # pixels, of the toy world the judge knows
 FRESH = 10**12  # no model trains on toy pictures this far out
@@ -119,25 +123,82 @@ def judge_dvae(dvae) -> tuple[float, int]:
     return (-10 * torch.log10(mse)).mean().item(), len(tokens.unique())
 
 
+def prompts_of(split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
+    """Captions of `count` one-object scenes, and the colours and shapes [count] they name."""
+    scenes = single_objects(split, 0)
+    captions, colors, shapes = [], [], []
+    for _ in range(count):
+        _, scene = next(scenes)
+        captions.append(scene.caption)
+        colors.append(list(COLORS).index(scene.things[0].color))
+        shapes.append(SHAPES.index(scene.things[0].shape))
+    return captions, torch.tensor(colors), torch.tensor(shapes)
+
+
 @torch.inference_mode()
 def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple[float, ...]:
     """One sample at temperature 1 for each of `count` one-object captions: the shares with the
     right colour, the right shape, and both."""
     bpe, dvae, prior = run
-    scenes = single_objects(split, 0)
-    things, texts = [], []
-    for _ in range(count):
-        _, scene = next(scenes)
-        things.append(scene.things[0])
-        texts.append(encode_prompt(scene.caption, bpe, prior))
+    captions, colors, shapes = prompts_of(split, count)
+    texts = torch.stack([encode_prompt(caption, bpe, prior) for caption in captions])
     grid = prior.config.grid
     uniforms = draws(seed, range(count), grid**2)
-    tokens = prior.generate(torch.stack(texts), uniforms=uniforms)
+    tokens = prior.generate(texts, uniforms=uniforms)
     images = dvae.decode(tokens.view(-1, grid, grid))
-    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
-    shapes = torch.tensor([SHAPES.index(thing.shape) for thing in things])
     color, shape = right(judge, images, colors, shapes)
     return tuple(x.float().mean().item() for x in (color, shape, color & shape))
+
+
+def best_of(scores: Tensor, good: Tensor, n: int) -> Tensor:
+    """Of `candidates` per prompt, scored and good or not, both [prompts, candidates]: the share of
+    the disjoint groups of n whose best by score is good, [prompts]."""
+    groups = scores.unflatten(1, (-1, n)).argmax(2, keepdim=True)
+    return good.unflatten(1, (-1, n)).gather(2, groups).float().mean((1, 2))
+
+
+@torch.inference_mode()
+def judge_candidates(
+    judge: Judge, run, clip, split: str, count: int, candidates: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`candidates` samples for each of `count` one-object captions: the reranker's scores, and
+    whether colour and shape are right, bool, both [count, candidates]."""
+    bpe, dvae, prior = run
+    grid = prior.config.grid
+    scores, good = [], []
+    captions, colors, shapes = prompts_of(split, count)
+    for k, caption in enumerate(tqdm(captions, desc=split)):
+        text = encode_prompt(caption, bpe, prior).expand(candidates, -1)
+        uniforms = draws(derive(seed, "prompt", k), range(candidates), grid**2)
+        images = dvae.decode(prior.generate(text, uniforms=uniforms).view(-1, grid, grid))
+        color, shape = right(judge, images, colors[k], shapes[k])
+        good.append(color & shape)
+        scores.append(similarity(clip, bpe, [caption], images)[0])
+    return torch.stack(scores), torch.stack(good)
+
+
+def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, out: Path) -> None:
+    """Accuracy against the number of candidates of which the best is taken, as in Fig. 9c."""
+    sizes = [2**k for k in range(candidates.bit_length())]
+    series, table = [], [[f"{n:>4}"] for n in sizes]
+    for kind, split, line in (("seen", "val", LINES[0]), ("unseen", "unseen", LINES[1])):
+        scores, good = judge_candidates(judge, run, clip, split, prompts, candidates, seed)
+        shares = [best_of(scores, good, n) for n in sizes]
+        means = [100 * share.mean().item() for share in shares]
+        errors = [100 * share.std().item() / prompts**0.5 for share in shares]
+        for row, n, mean, error in zip(table, sizes, means, errors):
+            possible = 100 * best_of(good.float(), good, n).mean().item()
+            row.append(f"{mean:9.1f} ± {error:3.1f}   {possible:5.1f}")
+        spread = [(mean - error, mean + error) for mean, error in zip(means, errors)]
+        series.append(Series(f"{kind} pairs", sizes, means, line, spread, dots=True))
+    print("best of   seen pairs, any   unseen pairs, any   (colour and shape right, %)")
+    for row in table:
+        print("".join(row))
+    ticks = {n: str(n) for n in sizes}
+    title = f"{prompts} prompts of each kind, best of N"
+    panel = Panel(title, "candidates N", "colour and shape right, %", series, True, x_ticks=ticks)
+    plot([panel], out)
+    print(f"{out}: accuracy against the number of candidates")
 
 
 def main() -> None:
@@ -145,6 +206,8 @@ def main() -> None:
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--candidates", type=int, metavar="N", help="a power of 2, such as 64")
+    parser.add_argument("-o", "--out", type=Path, default=Path("rerank.png"), metavar="FILE")
     parser.error = fail
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
@@ -154,6 +217,15 @@ def main() -> None:
             raise ValueError(
                 f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more"
             )
+        if args.candidates is not None:
+            if args.candidates < 1 or args.candidates.bit_count() > 1:
+                raise ValueError(f"--candidates is {args.candidates}; expected a power of 2")
+            clip = load_reranker(run_dir, "cpu")
+            if clip is None:
+                raise ValueError(
+                    f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
+                )
+            check_output(args.out)
         judge = train_judge()
         x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
         for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
@@ -173,6 +245,8 @@ def main() -> None:
                 f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
                 f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
             )
+        if args.candidates is not None:
+            rerank(judge, run, clip, args.prompts, args.candidates, args.seed, args.out)
 
 
 if __name__ == "__main__":

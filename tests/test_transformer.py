@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import transformer
 from transformer import (
@@ -317,6 +319,20 @@ def test_initialisation_also_after_meta():
     assert loss.item() == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("sizes", [(8, 24), (12, 7)])
+def test_linear_of_few_rows(rows, sizes):
+    torch.manual_seed(rows)
+    linear, x = transformer.Linear(*sizes), torch.randn(rows, 1, sizes[0])
+    expected = F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(linear(x), expected)
+    with torch.inference_mode():
+        linear.pack(rows)
+        torch.testing.assert_close(linear(x), expected)
+        linear.pack(0)
+        assert linear.packed is None
+
+
 # ---- generation --------------------------------------------------------------------------------
 
 
@@ -359,6 +375,77 @@ def test_candidates_do_not_depend_on_one_another():
     assert torch.equal(images[:4], model.generate(text[:4], uniforms=u[:4]))
     assert torch.equal(images[3:4], model.generate(text[3:4], uniforms=u[3:4]))
     assert len(images.unique(dim=0)) == 8
+
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does to a step, on CPU: the same operations on the same buffers, again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        new = {}
+        for func, args, kwargs, out in self.calls:
+            args, kwargs = tree_map(lambda t: new.get(id(t), t), (args, kwargs))
+            for old, result in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                new[id(old)] = result
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.8, "guidance": 2.0}])
+@pytest.mark.parametrize("B, dtype", [(1, torch.float64), (8, torch.float64), (8, torch.float32)])
+def test_a_recorded_step_draws_the_same_tokens(B, dtype, options, monkeypatch):
+    c = small()
+    model = build(c).to(dtype)
+    text, image = batch(c, B)
+    u = torch.rand(B, 16, dtype=dtype)
+    plain = model.generate(text, image[:, :2], u, **options)
+    steps = []
+
+    def captured(step, device):
+        def run():
+            if not steps:
+                steps.append(Recorder())
+                with steps[0]:
+                    step()
+            else:
+                steps[0].replay()
+
+        return run
+
+    monkeypatch.setattr(transformer, "captured", captured)
+    assert torch.equal(model.generate(text, image[:, :2], u, **options), plain)
+    assert len(steps[0].calls) > 100
+
+
+@pytest.mark.parametrize("repeats", [[1], [4], [4, 4], [3, 5]])
+def test_guidance_equals_its_definition(repeats):
+    c = small(n_layer=3)
+    model = build(c)
+    prompts, image = batch(c, len(repeats))
+    text = prompts.repeat_interleave(torch.tensor(repeats), 0)
+    image = image.repeat_interleave(torch.tensor(repeats), 0)
+    empty = pad_text([], c.text_len, c.text_vocab).expand_as(text)
+    u = torch.rand(len(text), 16, dtype=torch.float64)
+
+    def guided(text, image):
+        captioned, plain = model(text, image)[1], model(empty, image)[1]
+        return None, 30 * captioned - 29 * plain
+
+    expected = draw_uncached(guided, text, image, 5, u)
+    assert torch.equal(model.generate(text, image[:, :5], u, guidance=30.0), expected)
+    plain = model.generate(text, uniforms=u)
+    assert torch.equal(model.generate(text, uniforms=u, guidance=1.0), plain)
+    assert not torch.equal(model.generate(text, uniforms=u, guidance=30.0), plain)
+    assert torch.equal(
+        model.generate(text, uniforms=u, guidance=0.0), model.generate(empty, uniforms=u)
+    )
 
 
 def test_temperature_top_k_top_p_equal_their_definitions():
@@ -447,6 +534,7 @@ def test_bad_input_is_refused_with_what_was_expected():
         ("top_k", lambda: model.generate(text, top_k=0)),
         ("top_p", lambda: model.generate(text, top_p=0.0)),
         ("top_p", lambda: model.generate(text, top_p=1.5)),
+        ("guidance", lambda: model.generate(text, guidance=math.inf)),
         ("odd", lambda: small(kernel=4)),
         ("grid", lambda: small(grid=0)),
         ("layers", lambda: layer_kind(0, 4)),

@@ -1,0 +1,610 @@
+"""
+How fast this code is: against the machine's limit, and against others where they are installed.
+
+    python bench.py                        # a table, in a few minutes on two cores
+    python bench.py --peers                # beside dalle-pytorch, tokenizers and dense attention
+    python bench.py --only prior generate-8 --threads 1
+    python bench.py --device cuda          # the base preset, in bfloat16
+
+The limit of a piece of work is what its matrix products would take at the rate of a large product,
+or its bytes at the read bandwidth, whichever is longer; both are measured between the rounds of
+the same line, and the operations and bytes are counted below: those that the masks ask for, not
+those that the code spends. BPE has no such limit.
+
+Each line is a process of its own. All who do the same work take turns, and a ratio is the median
+over the rounds of their time over ours. Memory is what the process grew by at its peak with our
+code in it alone. Models have random weights. Nothing here asserts a time.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bpe import BPE
+from dvae import DVAE, Conv2d, DVAEConfig
+from training import fail
+from transformer import (  # fmt: skip
+    Attention,
+    Linear,
+    Transformer,
+    TransformerConfig,
+    attention_mask,
+    distances,
+    layer_kind,
+    pad_text,
+    sample,
+)
+
+try:
+    import dalle_pytorch
+    from dalle_pytorch.dalle_pytorch import gumbel_sample, top_k
+except ImportError:
+    dalle_pytorch = None
+try:
+    import tokenizers
+except ImportError:
+    tokenizers = None
+
+CPU_CONFIG = TransformerConfig(n_layer=4, n_head=8)  # d 512, 256 text tokens, a 32 × 32 grid
+CUDA_CONFIG = TransformerConfig(n_layer=24, n_head=16)  # the base preset: d 1024
+
+
+@dataclass
+class Work:
+    """One line of the table. Each contestant is called once a round and returns its seconds."""
+
+    what: str
+    unit: str
+    units: float  # done in a call
+    ours: Callable[[], float]
+    peers: dict[str, Callable[[], float]] = field(default_factory=dict)
+    ops: float = 0  # multiplications and additions in matrix products
+    bytes: float = 0  # that must be read
+    rounds: int = 5
+    missing: str = ""
+    also: Callable[[dict[str, float]], dict[str, float]] = lambda seconds: {}  # further ratios
+
+
+# ---- operations and bytes ------------------------------------------------------------------------
+
+
+def pairs(c: TransformerConfig, first: int = 0, last: int | None = None) -> int:
+    """(query, key) pairs that the masks of all layers allow, for the image cells first .. last."""
+    total = 0
+    for i in range(1, c.n_layer + 1):
+        back = torch.tensor(distances(layer_kind(i, c.n_layer), c.grid, c.kernel))
+        cells = torch.arange(c.grid**2)[first:last]
+        total += c.text_len * len(cells) + int((back <= cells[:, None]).sum())
+    return total
+
+
+def forward_ops(c: TransformerConfig, batch: int) -> float:
+    """Of one forward pass: 2 for each weight and position, 4 · d for each query and key."""
+    T, N, d = c.text_len, c.grid**2, c.d_model
+    matrices = 12 * d * d * c.n_layer * (T + N)
+    heads = d * ((T - 1) * (c.text_vocab + T) + N * c.image_vocab)
+    attention = 2 * d * (pairs(c) + c.n_layer * T * (T + 1) // 2)
+    return 2.0 * batch * (matrices + heads + attention)
+
+
+def token_cost(c: TransformerConfig, batch: int, first: int, last: int) -> tuple[float, float]:
+    """Mean operations and numbers read for drawing one of the cells first .. last of each image.
+
+    The weights and the text are read once for the whole batch, the image's keys and values for
+    each of its images.
+    """
+    weights = 12 * c.d_model**2 * c.n_layer + c.d_model * c.image_vocab
+    seen = pairs(c, first, last) / (last - first)
+    text = c.text_len * c.n_layer
+    ops = 2.0 * batch * (weights + 2 * c.d_model * seen)
+    return ops, weights + 2 * c.d_model * (text + batch * (seen - text))
+
+
+def conv_ops(model: DVAE, run: Callable[[DVAE], None]) -> float:
+    """Of the convolutions in what `run` does with a model like this one, counted without data."""
+    total = 0
+
+    def count(conv: Conv2d, _, y: Tensor) -> None:
+        nonlocal total
+        total += 2.0 * y.numel() * conv.w[0].numel()
+
+    with torch.device("meta"):
+        twin = DVAE(model.config)
+        for module in twin.modules():
+            if isinstance(module, Conv2d):
+                module.register_forward_hook(count)
+        run(twin)
+    return total
+
+
+# ---- the clock and the machine -------------------------------------------------------------------
+
+
+def timed(work: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
+    def run() -> float:
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def probes(device: str) -> dict[str, Callable[[], float]]:
+    """What shows the limits: seconds for an operation and for a byte."""
+    side, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    x = torch.randn(side, 2048, device=device, dtype=dtype)
+    y = torch.zeros(2 ** (30 if device == "cuda" else 26), device=device)  # more than caches hold
+    product, read = timed(lambda: x @ x.T, device), timed(lambda: y.sum(), device)
+    return {
+        "op": lambda: product() / (2 * len(x) ** 2 * x.shape[1]),
+        "byte": lambda: min(read() for _ in range(3)) / (4 * len(y)),
+    }
+
+
+def memory(device: str) -> float:
+    """The peak so far, in MB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def measure(build: Callable[[], Work], device: str) -> dict:
+    """A line of the table as plain data."""
+    before = memory(device)
+    work = build()
+    work.ours()
+    grown = memory(device) - before
+    contestants = {"ours": work.ours, **work.peers, **probes(device)}
+    if work.rounds > 1:
+        for contestant in list(contestants.values())[1:]:
+            contestant()
+    rounds = [{name: run() for name, run in contestants.items()} for _ in range(work.rounds)]
+    ours = median(r["ours"] for r in rounds)
+    op, byte = (min(r[name] for r in rounds) for name in ("op", "byte"))
+    limits = {"matrix products": work.ops * op, "reading": work.bytes * byte}
+    limit = max(limits, key=limits.get)
+    ratios = [{n: r[n] / r["ours"] for n in work.peers} | work.also(r) for r in rounds]
+    return {
+        "what": work.what,
+        "figure": work.units / ours,
+        "unit": work.unit,
+        "seconds": ours,
+        "limit": limit if limits[limit] else None,
+        "at_limit": work.units / limits[limit] if limits[limit] else None,
+        "percent": 100 * limits[limit] / ours,
+        "gflops": 1e-9 / op,
+        "gb_per_s": 1e-9 / byte,
+        "memory": grown,
+        "ratios": {n: median(r[n] for r in ratios) for n in ratios[0]},
+        "missing": work.missing,
+    }
+
+
+# ---- BPE -----------------------------------------------------------------------------------------
+
+
+def corpus(megabytes: float, seed: int = 0) -> list[str]:
+    """Captions of made-up words, as frequent as words are: the r-th one 1/r as often as the first.
+
+    Of 100,000 words some 80,000 occur in 20 MB.
+    """
+    rng = random.Random(seed)
+    syllables = [a + b + c for a in "bcdfghklmnprstvwz" for b in "aeiou" for c in ["", *"lnrst"]]
+    known = ["".join(rng.choices(syllables, k=rng.choice([1, 2, 2, 3, 4]))) for _ in range(100_000)]
+    weights = [1 / r for r in range(1, len(known) + 1)]
+    chosen = iter(rng.choices(known, weights, k=int(megabytes * 1e6 / 6)))
+    captions, size = [], 0
+    while size < megabytes * 1e6 and (words := [word for word, _ in zip(chosen, range(12))]):
+        captions.append(" ".join(words))
+        size += len(captions[-1]) + 1
+    return captions
+
+
+def peer_tokenizer(captions: list[str], vocab_size: int) -> "tokenizers.Tokenizer":
+    """Byte-level BPE by the `tokenizers` library."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def bpe_training(args: argparse.Namespace) -> Work:
+    captions = corpus(20)
+    work = Work("BPE training, vocabulary 16,384 on 20 MB", "MB/s", 20, None, rounds=1)
+    work.ours = timed(lambda: BPE.train(captions, 16384))
+    if args.peers and tokenizers:
+        work.peers["tokenizers"] = timed(lambda: peer_tokenizer(captions, 16384))
+    work.missing = "" if tokenizers else "tokenizers"
+    return work
+
+
+def bpe_encoding(args: argparse.Namespace, dropout: float = 0.0) -> Work:
+    captions = corpus(2)
+    bpe, rng = BPE.train(captions, 8192), random.Random(0)
+    captions = captions[:10_000]
+    what = "BPE encoding" + (f", dropout {dropout}" if dropout else "")
+    work = Work(what, "captions/s", len(captions), None)
+    work.ours = timed(lambda: [bpe.encode(caption, dropout, rng) for caption in captions])
+    if args.peers and tokenizers:
+        peer = peer_tokenizer(corpus(2), 8192)
+        peer.model.dropout = dropout or None
+        work.peers["tokenizers"] = timed(lambda: [peer.encode(caption).ids for caption in captions])
+    work.missing = "" if tokenizers else "tokenizers"
+    return work
+
+
+# ---- the dVAE ------------------------------------------------------------------------------------
+
+
+def dvae(args: argparse.Namespace, training: bool, config: DVAEConfig | None = None) -> Work:
+    """The peer is the same network with the usual layout of its tensors, in place of channels_last;
+    other packages have other networks."""
+    cuda = args.device == "cuda"
+    config = config or DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
+    shape = (32, 3, 256, 256) if cuda else (4, 3, 128, 128)
+    images = torch.rand(shape, device=args.device)
+
+    def contestant(layout: torch.memory_format) -> Callable[[], None]:
+        model = DVAE(config).to(args.device, memory_format=layout)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step() -> None:
+            with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+                if training:
+                    optimizer.zero_grad()
+                    model.loss(images, 1.0, 6.6)[0].backward()
+                    optimizer.step()
+                else:
+                    with torch.inference_mode():
+                        model.encode(images)
+
+        return timed(step, args.device)
+
+    n, side = shape[0], shape[2]
+    with torch.device("meta"):
+        x = torch.empty(shape)
+        codes = torch.empty(n, config.vocab_size, side // config.factor, side // config.factor)
+    ops = conv_ops(DVAE(config), lambda twin: twin.encoder(x))
+    if training:
+        ops = 3 * (ops + conv_ops(DVAE(config), lambda twin: twin.decoder(codes)))
+    what = f"dVAE {'training step' if training else 'encoding'}, n_hid {config.n_hid}, {side} px"
+    work = Work(what, "images/s", n, contestant(torch.channels_last), ops=ops)
+    if args.peers:
+        work.peers["contiguous layout"] = contestant(torch.contiguous_format)
+    return work
+
+
+# ---- the naive version of the prior --------------------------------------------------------------
+
+
+class DenseAttention(Attention):
+    """The attention resblock with an S × S mask; `past` is a list that grows by keys and values."""
+
+    def forward(self, x: Tensor, past: list | None = None) -> Tensor:
+        (B, S, d), c = x.shape, self.config
+        q, k, v = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            past.append((k, v))
+            k, v = (torch.cat(t, dim=2) for t in zip(*past))
+            past[:] = [(k, v)]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask[k.shape[2] - S : k.shape[2], : k.shape[2]]
+        )
+        return self.out(y.transpose(1, 2).reshape(B, S, d))
+
+
+def dense(config: TransformerConfig, device: str, state: dict | None = None) -> Transformer:
+    """Transformer with plain attention and plain linear layers, and the same parameters."""
+    model = Transformer(config).to(device)
+    model.load_state_dict(state or model.state_dict())
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear
+        elif isinstance(module, Attention):
+            module.__class__ = DenseAttention
+            c = module.config
+            module.mask = attention_mask(module.kind, c.text_len, c.grid, c.kernel).to(device)
+    return model
+
+
+@torch.inference_mode()
+def draw_naively(
+    model: Transformer, text: Tensor, prefix: Tensor, uniforms: Tensor, m: int, cached: bool
+) -> tuple[Tensor, list[float]]:
+    """m more tokens after the prefix, and when each of them was there."""
+    pasts = [[] for _ in model.blocks[0::2]]
+    image, times = prefix, [clock(text.device)]
+    x = model.embed(text, F.pad(image, (0, 1)))
+    for k in range(prefix.shape[1], prefix.shape[1] + m):
+        for attention, mlp, past in zip(model.blocks[0::2], model.blocks[1::2], pasts):
+            x = x + attention(x, past if cached else None)
+            x = x + mlp(x)
+        logits = model.logits(model.image_head, x[:, -1])
+        token = sample(logits, uniforms[:, k : k + 1], 1.0, None, None)
+        image = torch.cat([image, token[:, None]], dim=1)
+        x = model.embed(text, F.pad(image, (0, 1))[:, : model.config.grid**2])
+        x = x[:, -1:] if cached else x
+        times.append(clock(text.device))
+    return image, times
+
+
+def clock(device: torch.device) -> float:
+    wait(device.type)
+    return time.perf_counter()
+
+
+# ---- the prior -----------------------------------------------------------------------------------
+
+
+def peer_dalle(config: TransformerConfig, kinds: list[str], **kw) -> nn.Module:
+    """dalle-pytorch's model of the same sizes; its dVAE is not used."""
+    vae = dalle_pytorch.DiscreteVAE(
+        image_size=8 * config.grid, num_layers=3, num_tokens=config.image_vocab,
+        codebook_dim=8, hidden_dim=8,
+    )  # fmt: skip
+    return dalle_pytorch.DALLE(
+        dim=config.d_model, vae=vae, num_text_tokens=config.text_vocab,
+        text_seq_len=config.text_len, depth=config.n_layer, heads=config.n_head,
+        dim_head=config.d_head, attn_types=kinds, **kw,
+    )  # fmt: skip
+
+
+def prior_data(c: TransformerConfig, batch: int, device: str) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(1, c.text_vocab, (c.text_len // 2,))
+    text = pad_text(ids, c.text_len, c.text_vocab).expand(batch, -1)
+    return text.to(device), torch.randint(0, c.image_vocab, (batch, c.grid**2)).to(device)
+
+
+def prior_step(args: argparse.Namespace, config: TransformerConfig | None = None) -> Work:
+    cuda = args.device == "cuda"
+    c, batch = config or (CUDA_CONFIG if cuda else CPU_CONFIG), 16 if cuda else 2
+    text, image = prior_data(c, batch, args.device)
+
+    def contestant(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[], float]:
+        trained = [p for p in model.train().parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+                value = loss(model)
+            value.backward()
+            optimizer.step()
+
+        return timed(step, args.device)
+
+    def our_loss(model: Transformer) -> Tensor:
+        return model.loss(text, image)[0]
+
+    model = Transformer(c).to(args.device)
+    what = f"prior training step, d {c.d_model}, {c.n_layer} layers, grid {c.grid}, batch {batch}"
+    units, ops = batch * (c.text_len + c.grid**2), 3 * forward_ops(c, batch)
+    work = Work(what, "tokens/s", units, contestant(model, our_loss), ops=ops, rounds=3)
+    if args.peers:
+        work.peers["dense"] = contestant(dense(c, args.device), our_loss)
+        if dalle_pytorch and not cuda:
+            kinds = ["axial_row", "axial_col", "axial_row", "conv_like"]
+            words = text[:, : c.text_len].clamp(max=c.text_vocab - 1)
+            work.peers["dalle-pytorch"] = contestant(
+                peer_dalle(c, kinds), lambda model: model(words, image, return_loss=True)
+            )
+        work.missing = "" if dalle_pytorch else "dalle-pytorch"
+    return work
+
+
+def grid(args: argparse.Namespace, size: int) -> Work:
+    config = CUDA_CONFIG if args.device == "cuda" else CPU_CONFIG
+    return prior_step(argparse.Namespace(**{**vars(args), "peers": False}),
+                      replace(config, grid=size))  # fmt: skip
+
+
+def attention(args: argparse.Namespace, kind: str) -> Work:
+    """The whole resblock, forward and backward; the peers without its two matrices are the
+    attention alone, where the time of the matrices is taken from both sides."""
+    c, batch = CUDA_CONFIG if args.device == "cuda" else CPU_CONFIG, 2
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    block = Attention(c, kind).to(args.device, dtype)
+    naive = DenseAttention(c, kind).to(args.device, dtype)
+    naive.mask = attention_mask(kind, c.text_len, c.grid, c.kernel).to(args.device)
+    S = c.text_len + c.grid**2
+    x = torch.randn(batch, S, c.d_model, device=args.device, dtype=dtype, requires_grad=True)
+
+    def contestant(forward: Callable[[Tensor], Tensor]) -> Callable[[], float]:
+        return timed(lambda: forward(x).backward(x.detach()), args.device)
+
+    matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
+    reach = torch.tensor(distances(kind, c.grid, c.kernel))
+    seen = c.text_len * (c.text_len + 1) // 2 + c.text_len * c.grid**2
+    seen += int((reach <= torch.arange(c.grid**2)[:, None]).sum())
+    ops = 3 * 2.0 * batch * (4 * c.d_model**2 * S + 2 * c.d_model * seen)
+    what = f"attention layer, {kind}, forward and backward"
+    return Work(
+        what, "tokens/s", batch * S, contestant(block), ops=ops,
+        peers={"dense masked SDPA": contestant(naive), "its matrices": matrices},
+        also=lambda s: {
+            "dense masked SDPA, both without matrices":
+            (s["dense masked SDPA"] - s["its matrices"]) / (s["ours"] - s["its matrices"])
+        },
+    )  # fmt: skip
+
+
+class Enough(Exception):
+    pass
+
+
+def generation(args: argparse.Namespace, batch: int, config: TransformerConfig | None = None):
+    """Tokens of all images together; `batch` candidates of one prompt.
+
+    A stretch in the middle of the image is drawn, after all before it has been read at once: time
+    grows with the position at most linearly, so its mean over the image is that in the middle. The
+    figure is from the median over the tokens of the stretch.
+    """
+    cuda = args.device == "cuda"
+    c = config or (CUDA_CONFIG if cuda else CPU_CONFIG)
+    N = c.grid**2
+    m = N // 4 if cuda or batch == 1 else N // 16
+    first = (N - m) // 2
+    text, image = prior_data(c, batch, args.device)
+    prefix, uniforms = image[:1, :first].expand(batch, -1), torch.rand(batch, N).to(args.device)
+    dtype = torch.bfloat16 if cuda else torch.float32
+
+    def median_step(times: list[float]) -> float:
+        return median(b - a for a, b in zip(times[1:], times[2:]))
+
+    def ours(model: Transformer) -> float:
+        times = []
+
+        def progress(k: int, _: Tensor) -> None:
+            if not cuda or k in (first + 3, first + m):
+                times.append(clock(text.device))
+            if k == first + m:
+                raise Enough
+
+        try:
+            model.generate(text, prefix, uniforms, progress=progress)
+        except Enough:
+            pass
+        return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
+
+    def naive(model: Transformer, cached: bool) -> float:
+        n = 16 if cached else 4
+        return median_step(draw_naively(model, text, prefix, uniforms, n, cached)[1])
+
+    @torch.inference_mode()
+    def peer(model: nn.Module) -> float:
+        cache, times, drawn = {}, [], prefix
+        words = text.clamp(max=c.text_vocab - 1)
+        for _ in range(10):
+            logits = model(words, drawn, cache=cache)[:, -1]
+            token = gumbel_sample(top_k(logits, thres=0.5)) - model.num_text_tokens
+            drawn = torch.cat([drawn, token[:, None].clamp(min=0)], dim=1)
+            times.append(clock(text.device))
+        return median_step(times)
+
+    model = Transformer(c).to(args.device, dtype).eval()
+    ops, numbers = token_cost(c, batch, first, first + m)
+    what = f"generation, batch {batch}, tokens {first + 1} to {first + m} of {N}"
+    work = Work(what, "tokens/s", batch, lambda: ours(model), ops=ops)
+    work.bytes = numbers * torch.finfo(dtype).bits / 8
+    work.rounds = 3
+    if args.peers:
+        naive_model = dense(c, args.device).to(dtype).eval()
+        work.peers["dense, cached"] = lambda: naive(naive_model, True)
+        work.peers["dense, uncached"] = lambda: naive(naive_model, False)
+        if dalle_pytorch and not cuda and batch <= 8:
+            rows = ["axial_row", "axial_col", "axial_row"]
+            kw = {"optimize_for_inference": True}  # static masks
+            ends = {"conv_like": peer_dalle(c, [*rows, "conv_like"], **kw).eval()}
+            ends["axial_row"] = peer_dalle(c, [*rows, "axial_row"], **kw).eval()
+            for end, model_ in ends.items():
+                work.peers[f"dalle-pytorch ending in {end}"] = lambda model=model_: peer(model)
+        work.missing = "" if dalle_pytorch else "dalle-pytorch"
+    return work
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+WORKS = {
+    "bpe-train": bpe_training,
+    "bpe-encode": bpe_encoding,
+    "bpe-dropout": lambda args: bpe_encoding(args, 0.1),
+    "dvae-train": lambda args: dvae(args, training=True),
+    "dvae-encode": lambda args: dvae(args, training=False),
+    "prior": prior_step,
+    "row": lambda args: attention(args, "row"),
+    "column": lambda args: attention(args, "column"),
+    "conv": lambda args: attention(args, "conv"),
+    "generate-1": lambda args: generation(args, 1),
+    "generate-8": lambda args: generation(args, 8),
+    "generate-64": lambda args: generation(args, 64),
+    "grid-16": lambda args: grid(args, 16),
+    "grid-32": lambda args: grid(args, 32),
+    "grid-64": lambda args: grid(args, 64),
+}
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def show(line: dict) -> None:
+    print(f"{line['what']}\n    {number(line['figure'])} {line['unit']}", end="")
+    if line["limit"]:
+        print(f", {line['percent']:.0f}% of {number(line['at_limit'])} by {line['limit']}", end="")
+    print(f"; {line['memory']:,.0f} MB")
+    for name, ratio in line["ratios"].items():
+        print(f"    {ratio:.2f} × the time: {name}")
+    if line["missing"]:
+        print(f"    {line['missing']} not installed")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How fast, against the machine and others.")
+    parser.error = fail
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=WORKS, help=", ".join(WORKS))
+    parser.add_argument("--peers", action="store_true", help="beside others, where installed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads < 1:
+        fail(f"--threads {args.threads}: expected at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: this machine or this PyTorch has none")
+    torch.set_num_threads(args.threads)
+    if args.child:
+        torch.manual_seed(0)
+        print(json.dumps(measure(lambda: WORKS[args.only[0]](args), args.device)))
+        return
+
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    print(f"PyTorch {torch.__version__}, {gpu or f'{args.threads} threads'}\n", flush=True)
+    threads = {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
+    lines, env = {}, {**os.environ, **threads}
+    for name in args.only or WORKS:
+        command = [sys.executable, __file__, "--child", "--only", name, "--device", args.device]
+        command += ["--threads", str(args.threads), *["--peers"] * args.peers]
+        child = subprocess.run(command, capture_output=True, text=True, env=env)
+        if child.returncode:
+            fail(f"{name} failed: {child.stderr.strip() or child.returncode}", 1)
+        lines[name] = json.loads(child.stdout.splitlines()[-1])
+        show(lines[name])
+    grids = [lines[name] for name in ("grid-16", "grid-32", "grid-64") if name in lines]
+    for a, b in zip(grids, grids[1:]):
+        time_ratio, memory_ratio = b["seconds"] / a["seconds"], b["memory"] / a["memory"]
+        print(f"{b['what']}: {time_ratio:.2f} × the time and {memory_ratio:.2f} × the memory")
+    rate = median(line["gflops"] for line in lines.values())
+    bandwidth = median(line["gb_per_s"] for line in lines.values())
+    print(
+        f"\nthe machine: {rate:,.0f} GFLOP/s in matrix products, {bandwidth:,.0f} GB/s in reading"
+    )
+
+
+if __name__ == "__main__":
+    main()

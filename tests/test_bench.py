@@ -1,0 +1,105 @@
+"""bench.py: what it counts, and that the naive version it compares with does the same work."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+import bench
+from bench import DVAEConfig, Transformer, TransformerConfig, attention_mask, layer_kind
+
+SMALL = TransformerConfig(3, 2, 4, text_len=5, grid=8, text_vocab=20, image_vocab=13, kernel=3)
+
+
+def test_counted_operations_are_those_of_the_layers_and_masks():
+    c, total = SMALL, 0
+    masks = [
+        attention_mask(layer_kind(i, c.n_layer), c.text_len, c.grid, c.kernel)
+        for i in range(1, c.n_layer + 1)
+    ]
+
+    def count(linear, _, y):
+        nonlocal total
+        total += 2 * y.numel() * linear.in_features
+
+    model = Transformer(c)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(count)
+    text, image = bench.prior_data(c, 2, "cpu")
+    model(text, image)
+    total += 2 * 4 * c.d_model * sum(mask.sum().item() for mask in masks)
+    assert bench.forward_ops(c, 2) == total
+
+    rows = [mask[c.text_len + 20 : c.text_len + 30].sum().item() for mask in masks]
+    assert bench.pairs(c, 20, 30) == sum(rows)
+    weights = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    weights += model.image_head.weight.numel()
+    own = sum(rows) / 10 - c.n_layer * c.text_len
+    ops, numbers = bench.token_cost(c, 4, 20, 30)
+    assert math.isclose(ops, 4 * 2 * (weights + 2 * c.d_model * sum(rows) / 10))
+    assert math.isclose(numbers, weights + 2 * c.d_model * (c.n_layer * c.text_len + 4 * own))
+
+
+def test_counted_operations_of_convolutions():
+    model = bench.DVAE(DVAEConfig(n_hid=8, n_init=4, n_groups=2, blocks_per_group=1, vocab_size=6))
+    one = 2 * 8 * 3 * 49 * 64  # the input convolution, on 8 × 8 pixels
+    one += 2 * 64 * (8 * 2 * 9 + 2 * 2 * 9 * 2 + 2 * 8)  # a resblock of width 8
+    one += 2 * 16 * (8 * 4 * 9 + 4 * 4 * 9 * 2 + 4 * 16 + 8 * 16)  # of width 16, on 4 × 4
+    one += 2 * 16 * 16 * 6
+    with torch.device("meta"):
+        x = torch.empty(3, 3, 8, 8)
+    assert bench.conv_ops(model, lambda twin: twin.encoder(x)) == 3 * one
+
+
+def test_naive_version_draws_what_the_model_draws():
+    torch.manual_seed(0)
+    model = Transformer(SMALL).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4)
+    naive = bench.dense(SMALL, "cpu", model.state_dict()).double()
+    naive.load_state_dict(model.state_dict())
+    text, image = bench.prior_data(SMALL, 3, "cpu")
+    for ours, theirs in zip(model(text, image), naive(text, image)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    u = torch.rand(3, 64, dtype=torch.float64)
+    expected = model.generate(text, image[:, :50], u)
+    for cached in (True, False):
+        drawn, times = bench.draw_naively(naive, text, image[:, :50], u, 14, cached)
+        assert torch.equal(drawn, expected) and len(times) == 15
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda args: bench.prior_step(args, SMALL),
+        lambda args: bench.generation(args, 1, SMALL),
+        lambda args: bench.generation(args, 8, SMALL),
+    ],
+)
+def test_a_line_of_the_table(build, capsys, monkeypatch):
+    monkeypatch.setattr(
+        bench, "probes", lambda device: {"op": lambda: 1e-12, "byte": lambda: 1e-12}
+    )
+    line = bench.measure(lambda: build(Namespace(device="cpu", peers=True)), "cpu")
+    assert line["figure"] > 0 and line["memory"] >= 0 and 0 < line["percent"] < 100
+    assert all(ratio > 0 for ratio in line["ratios"].values()) and "dense" in str(line["ratios"])
+    bench.show(line)
+    assert line["what"] in capsys.readouterr().out
+
+
+def test_corpus_has_the_size_asked_for():
+    captions = bench.corpus(0.1)
+    assert sum(len(caption) + 1 for caption in captions) == pytest.approx(100_000, rel=0.01)
+    assert captions == bench.corpus(0.1) and len(set(" ".join(captions).split())) > 3000
+
+
+def test_bad_options_end_with_one_line(monkeypatch, capsys):
+    for argv in (["--threads", "0"], ["--only", "nothing"], ["--device", "tpu"]):
+        monkeypatch.setattr("sys.argv", ["bench.py", *argv])
+        with pytest.raises(SystemExit) as exit:
+            bench.main()
+        assert exit.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
