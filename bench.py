@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -69,7 +69,7 @@ class Work:
     unit: str
     units: float  # done in a call
     ours: Callable[[], float]
-    peers: dict[str, Callable[[], float]] = field(default_factory=dict)
+    peers: Callable[[], dict[str, Callable[[], float]]] = dict
     ops: float = 0  # multiplications and additions in matrix products
     bytes: float = 0  # that must be read
     rounds: int = 5
@@ -168,13 +168,14 @@ def memory(device: str) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
-def measure(build: Callable[[], Work], device: str) -> dict:
+def measure(build: Callable[[], Work], device: str, with_peers: bool) -> dict:
     """A line of the table as plain data."""
     before = memory(device)
     work = build()
     work.ours()
     grown = memory(device) - before
-    contestants = {"ours": work.ours, **work.peers, **probes(device)}
+    peers = work.peers() if with_peers else {}
+    contestants = {"ours": work.ours, **peers, **probes(device)}
     if work.rounds > 1:
         for contestant in list(contestants.values())[1:]:
             contestant()
@@ -183,7 +184,9 @@ def measure(build: Callable[[], Work], device: str) -> dict:
     op, byte = (min(r[name] for r in rounds) for name in ("op", "byte"))
     limits = {"matrix products": work.ops * op, "reading": work.bytes * byte}
     limit = max(limits, key=limits.get)
-    ratios = [{n: r[n] / r["ours"] for n in work.peers} | work.also(r) for r in rounds]
+    ratios = [{n: r[n] / r["ours"] for n in peers} for r in rounds]
+    if with_peers:
+        ratios = [ratio | work.also(r) for ratio, r in zip(ratios, rounds)]
     return {
         "what": work.what,
         "figure": work.units / ours,
@@ -196,7 +199,7 @@ def measure(build: Callable[[], Work], device: str) -> dict:
         "gb_per_s": 1e-9 / byte,
         "memory": grown,
         "ratios": {n: median(r[n] for r in ratios) for n in ratios[0]},
-        "missing": work.missing,
+        "missing": work.missing if with_peers else "",
     }
 
 
@@ -233,27 +236,30 @@ def peer_tokenizer(captions: list[str], vocab_size: int) -> "tokenizers.Tokenize
     return tokenizer
 
 
-def bpe_training(args: argparse.Namespace) -> Work:
+def bpe_training(device: str) -> Work:
     captions = corpus(20)
     work = Work("BPE training, vocabulary 16,384 on 20 MB", "MB/s", 20, None, rounds=1)
     work.ours = timed(lambda: BPE.train(captions, 16384))
-    if args.peers and tokenizers:
-        work.peers["tokenizers"] = timed(lambda: peer_tokenizer(captions, 16384))
+    if tokenizers:
+        work.peers = lambda: {"tokenizers": timed(lambda: peer_tokenizer(captions, 16384))}
     work.missing = "" if tokenizers else "tokenizers"
     return work
 
 
-def bpe_encoding(args: argparse.Namespace, dropout: float = 0.0) -> Work:
+def bpe_encoding(device: str, dropout: float = 0.0) -> Work:
     captions = corpus(2)
     bpe, rng = BPE.train(captions, 8192), random.Random(0)
     captions = captions[:10_000]
     what = "BPE encoding" + (f", dropout {dropout}" if dropout else "")
     work = Work(what, "captions/s", len(captions), None)
     work.ours = timed(lambda: [bpe.encode(caption, dropout, rng) for caption in captions])
-    if args.peers and tokenizers:
+
+    def peers() -> dict[str, Callable[[], float]]:
         peer = peer_tokenizer(corpus(2), 8192)
         peer.model.dropout = dropout or None
-        work.peers["tokenizers"] = timed(lambda: [peer.encode(caption).ids for caption in captions])
+        return {"tokenizers": timed(lambda: [peer.encode(caption).ids for caption in captions])}
+
+    work.peers = peers if tokenizers else dict
     work.missing = "" if tokenizers else "tokenizers"
     return work
 
@@ -261,20 +267,20 @@ def bpe_encoding(args: argparse.Namespace, dropout: float = 0.0) -> Work:
 # ---- the dVAE ------------------------------------------------------------------------------------
 
 
-def dvae(args: argparse.Namespace, training: bool, config: DVAEConfig | None = None) -> Work:
+def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     """The peer is the same network with the usual layout of its tensors, in place of channels_last;
     other packages have other networks."""
-    cuda = args.device == "cuda"
+    cuda = device == "cuda"
     config = config or DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
     shape = (32, 3, 256, 256) if cuda else (4, 3, 128, 128)
-    images = torch.rand(shape, device=args.device)
+    images = torch.rand(shape, device=device)
 
     def contestant(layout: torch.memory_format) -> Callable[[], None]:
-        model = DVAE(config).to(args.device, memory_format=layout)
+        model = DVAE(config).to(device, memory_format=layout)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def step() -> None:
-            with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+            with torch.autocast(device, torch.bfloat16, enabled=cuda):
                 if training:
                     optimizer.zero_grad()
                     model.loss(images, 1.0, 6.6)[0].backward()
@@ -283,7 +289,7 @@ def dvae(args: argparse.Namespace, training: bool, config: DVAEConfig | None = N
                     with torch.inference_mode():
                         model.encode(images)
 
-        return timed(step, args.device)
+        return timed(step, device)
 
     n, side = shape[0], shape[2]
     with torch.device("meta"):
@@ -294,8 +300,7 @@ def dvae(args: argparse.Namespace, training: bool, config: DVAEConfig | None = N
         ops = 3 * (ops + conv_ops(DVAE(config), lambda twin: twin.decoder(codes)))
     what = f"dVAE {'training step' if training else 'encoding'}, n_hid {config.n_hid}, {side} px"
     work = Work(what, "images/s", n, contestant(torch.channels_last), ops=ops)
-    if args.peers:
-        work.peers["contiguous layout"] = contestant(torch.contiguous_format)
+    work.peers = lambda: {"contiguous layout": contestant(torch.contiguous_format)}
     return work
 
 
@@ -380,10 +385,10 @@ def prior_data(c: TransformerConfig, batch: int, device: str) -> tuple[Tensor, T
     return text.to(device), torch.randint(0, c.image_vocab, (batch, c.grid**2)).to(device)
 
 
-def prior_step(args: argparse.Namespace, config: TransformerConfig | None = None) -> Work:
-    cuda = args.device == "cuda"
+def prior_step(device: str, config: TransformerConfig | None = None) -> Work:
+    cuda = device == "cuda"
     c, batch = config or (CUDA_CONFIG if cuda else CPU_CONFIG), 16 if cuda else 2
-    text, image = prior_data(c, batch, args.device)
+    text, image = prior_data(c, batch, device)
 
     def contestant(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[], float]:
         trained = [p for p in model.train().parameters() if p.requires_grad]
@@ -391,86 +396,92 @@ def prior_step(args: argparse.Namespace, config: TransformerConfig | None = None
 
         def step() -> None:
             optimizer.zero_grad()
-            with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+            with torch.autocast(device, torch.bfloat16, enabled=cuda):
                 value = loss(model)
             value.backward()
             optimizer.step()
 
-        return timed(step, args.device)
+        return timed(step, device)
 
     def our_loss(model: Transformer) -> Tensor:
         return model.loss(text, image)[0]
 
-    model = Transformer(c).to(args.device)
+    model = Transformer(c).to(device)
     what = f"prior training step, d {c.d_model}, {c.n_layer} layers, grid {c.grid}, batch {batch}"
     units, ops = batch * (c.text_len + c.grid**2), 3 * forward_ops(c, batch)
     work = Work(what, "tokens/s", units, contestant(model, our_loss), ops=ops, rounds=3)
-    if args.peers:
-        work.peers["dense"] = contestant(dense(c, args.device), our_loss)
+
+    def peers() -> dict[str, Callable[[], float]]:
+        found = {"dense": contestant(dense(c, device), our_loss)}
         if dalle_pytorch and not cuda:
             kinds = ["axial_row", "axial_col", "axial_row", "conv_like"]
-            words = text[:, : c.text_len].clamp(max=c.text_vocab - 1)
-            work.peers["dalle-pytorch"] = contestant(
+            words = text.clamp(max=c.text_vocab - 1)
+            found["dalle-pytorch"] = contestant(
                 peer_dalle(c, kinds), lambda model: model(words, image, return_loss=True)
             )
-        work.missing = "" if dalle_pytorch else "dalle-pytorch"
+        return found
+
+    work.peers = peers
+    work.missing = "" if dalle_pytorch or cuda else "dalle-pytorch"
     return work
 
 
-def grid(args: argparse.Namespace, size: int) -> Work:
-    config = CUDA_CONFIG if args.device == "cuda" else CPU_CONFIG
-    return prior_step(argparse.Namespace(**{**vars(args), "peers": False}),
-                      replace(config, grid=size))  # fmt: skip
+def grid(device: str, size: int) -> Work:
+    config = CUDA_CONFIG if device == "cuda" else CPU_CONFIG
+    work = prior_step(device, replace(config, grid=size))
+    work.peers, work.missing = dict, ""
+    return work
 
 
-def attention(args: argparse.Namespace, kind: str) -> Work:
+def attention(device: str, kind: str) -> Work:
     """The whole resblock, forward and backward; the peers without its two matrices are the
     attention alone, where the time of the matrices is taken from both sides."""
-    c, batch = CUDA_CONFIG if args.device == "cuda" else CPU_CONFIG, 2
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    block = Attention(c, kind).to(args.device, dtype)
-    naive = DenseAttention(c, kind).to(args.device, dtype)
-    naive.mask = attention_mask(kind, c.text_len, c.grid, c.kernel).to(args.device)
+    c, batch = CUDA_CONFIG if device == "cuda" else CPU_CONFIG, 2
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    block = Attention(c, kind).to(device, dtype)
     S = c.text_len + c.grid**2
-    x = torch.randn(batch, S, c.d_model, device=args.device, dtype=dtype, requires_grad=True)
+    x = torch.randn(batch, S, c.d_model, device=device, dtype=dtype, requires_grad=True)
 
     def contestant(forward: Callable[[Tensor], Tensor]) -> Callable[[], float]:
-        return timed(lambda: forward(x).backward(x.detach()), args.device)
+        return timed(lambda: forward(x).backward(x.detach()), device)
 
-    matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
-    reach = torch.tensor(distances(kind, c.grid, c.kernel))
-    seen = c.text_len * (c.text_len + 1) // 2 + c.text_len * c.grid**2
-    seen += int((reach <= torch.arange(c.grid**2)[:, None]).sum())
+    def peers() -> dict[str, Callable[[], float]]:
+        naive = DenseAttention(c, kind).to(device, dtype)
+        naive.mask = attention_mask(kind, c.text_len, c.grid, c.kernel).to(device)
+        matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
+        return {"dense": contestant(naive), "its matrices": matrices}
+
+    seen = int(attention_mask(kind, c.text_len, c.grid, c.kernel).sum())
     ops = 3 * 2.0 * batch * (4 * c.d_model**2 * S + 2 * c.d_model * seen)
     what = f"attention layer, {kind}, forward and backward"
-    return Work(
-        what, "tokens/s", batch * S, contestant(block), ops=ops,
-        peers={"dense masked SDPA": contestant(naive), "its matrices": matrices},
-        also=lambda s: {
-            "dense masked SDPA, both without matrices":
-            (s["dense masked SDPA"] - s["its matrices"]) / (s["ours"] - s["its matrices"])
-        },
-    )  # fmt: skip
+    work = Work(what, "tokens/s", batch * S, contestant(block), peers, ops)
+
+    def without_matrices(seconds: dict[str, float]) -> dict[str, float]:
+        alone = {name: seconds[name] - seconds["its matrices"] for name in ("ours", "dense")}
+        return {"dense, both without matrices": alone["dense"] / alone["ours"]}
+
+    work.also = without_matrices
+    return work
 
 
 class Enough(Exception):
     pass
 
 
-def generation(args: argparse.Namespace, batch: int, config: TransformerConfig | None = None):
+def generation(device: str, batch: int, config: TransformerConfig | None = None):
     """Tokens of all images together; `batch` candidates of one prompt.
 
     A stretch in the middle of the image is drawn, after all before it has been read at once: time
     grows with the position at most linearly, so its mean over the image is that in the middle. The
     figure is from the median over the tokens of the stretch.
     """
-    cuda = args.device == "cuda"
+    cuda = device == "cuda"
     c = config or (CUDA_CONFIG if cuda else CPU_CONFIG)
     N = c.grid**2
     m = N // 4 if cuda or batch == 1 else N // 16
     first = (N - m) // 2
-    text, image = prior_data(c, batch, args.device)
-    prefix, uniforms = image[:1, :first].expand(batch, -1), torch.rand(batch, N).to(args.device)
+    text, image = prior_data(c, batch, device)
+    prefix, uniforms = image[:1, :first].expand(batch, -1), torch.rand(batch, N).to(device)
     dtype = torch.bfloat16 if cuda else torch.float32
 
     def median_step(times: list[float]) -> float:
@@ -506,24 +517,27 @@ def generation(args: argparse.Namespace, batch: int, config: TransformerConfig |
             times.append(clock(text.device))
         return median_step(times)
 
-    model = Transformer(c).to(args.device, dtype).eval()
+    model = Transformer(c).to(device, dtype).eval()
     ops, numbers = token_cost(c, batch, first, first + m)
     what = f"generation, batch {batch}, tokens {first + 1} to {first + m} of {N}"
-    work = Work(what, "tokens/s", batch, lambda: ours(model), ops=ops)
+    work = Work(what, "tokens/s", batch, lambda: ours(model), ops=ops, rounds=3)
     work.bytes = numbers * torch.finfo(dtype).bits / 8
-    work.rounds = 3
-    if args.peers:
-        naive_model = dense(c, args.device).to(dtype).eval()
-        work.peers["dense, cached"] = lambda: naive(naive_model, True)
-        work.peers["dense, uncached"] = lambda: naive(naive_model, False)
-        if dalle_pytorch and not cuda and batch <= 8:
-            rows = ["axial_row", "axial_col", "axial_row"]
-            kw = {"optimize_for_inference": True}  # static masks
-            ends = {"conv_like": peer_dalle(c, [*rows, "conv_like"], **kw).eval()}
-            ends["axial_row"] = peer_dalle(c, [*rows, "axial_row"], **kw).eval()
-            for end, model_ in ends.items():
-                work.peers[f"dalle-pytorch ending in {end}"] = lambda model=model_: peer(model)
-        work.missing = "" if dalle_pytorch else "dalle-pytorch"
+
+    def peers() -> dict[str, Callable[[], float]]:
+        naive_model = dense(c, device).to(dtype).eval()
+        found = {
+            "dense, cached": lambda: naive(naive_model, True),
+            "dense, uncached": lambda: naive(naive_model, False),
+        }
+        if dalle_pytorch and not cuda and batch <= 8:  # it needs many GB for more
+            for end in ("conv_like", "axial_row"):  # with static masks; conv_like has no cache
+                kinds = ["axial_row", "axial_col", "axial_row", end]
+                other = peer_dalle(c, kinds, optimize_for_inference=True).eval()
+                found[f"dalle-pytorch ending in {end}"] = lambda other=other: peer(other)
+        return found
+
+    work.peers = peers
+    work.missing = "" if dalle_pytorch or cuda else "dalle-pytorch"
     return work
 
 
@@ -532,19 +546,19 @@ def generation(args: argparse.Namespace, batch: int, config: TransformerConfig |
 WORKS = {
     "bpe-train": bpe_training,
     "bpe-encode": bpe_encoding,
-    "bpe-dropout": lambda args: bpe_encoding(args, 0.1),
-    "dvae-train": lambda args: dvae(args, training=True),
-    "dvae-encode": lambda args: dvae(args, training=False),
+    "bpe-dropout": lambda device: bpe_encoding(device, 0.1),
+    "dvae-train": lambda device: dvae(device, training=True),
+    "dvae-encode": lambda device: dvae(device, training=False),
     "prior": prior_step,
-    "row": lambda args: attention(args, "row"),
-    "column": lambda args: attention(args, "column"),
-    "conv": lambda args: attention(args, "conv"),
-    "generate-1": lambda args: generation(args, 1),
-    "generate-8": lambda args: generation(args, 8),
-    "generate-64": lambda args: generation(args, 64),
-    "grid-16": lambda args: grid(args, 16),
-    "grid-32": lambda args: grid(args, 32),
-    "grid-64": lambda args: grid(args, 64),
+    "row": lambda device: attention(device, "row"),
+    "column": lambda device: attention(device, "column"),
+    "conv": lambda device: attention(device, "conv"),
+    "generate-1": lambda device: generation(device, 1),
+    "generate-8": lambda device: generation(device, 8),
+    "generate-64": lambda device: generation(device, 64),
+    "grid-16": lambda device: grid(device, 16),
+    "grid-32": lambda device: grid(device, 32),
+    "grid-64": lambda device: grid(device, 64),
 }
 
 
@@ -580,7 +594,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.child:
         torch.manual_seed(0)
-        print(json.dumps(measure(lambda: WORKS[args.only[0]](args), args.device)))
+        line = measure(lambda: WORKS[args.only[0]](args.device), args.device, args.peers)
+        print(json.dumps(line))
         return
 
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""

@@ -151,11 +151,9 @@ class Linear(nn.Linear):
 
     def pack(self, rows: int) -> None:
         """Lay out the weights as they are now for products with so many rows; 0: no more."""
-        fits = rows > 2 and self.weight.is_cpu and self.weight.dtype == torch.float32
-        if fits and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-        else:
-            self.packed = None
+        fits = self.weight.is_cpu and self.weight.dtype == torch.float32
+        fits = fits and rows > 2 and torch.backends.mkldnn.is_available()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows) if fits else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
@@ -214,7 +212,7 @@ class Attention(nn.Module):
         y = torch.cat([y.transpose(1, 2).reshape(-1, B * d) for y in (y_text, y_image)])
         return self.out(F.embedding(restore, y).view(S, B, d).transpose(0, 1))
 
-    def step(self, x: Tensor, k: Tensor, cache: "Cache") -> Tensor:
+    def step(self, x: Tensor, k: Tensor, cache: Cache) -> Tensor:
         """The same for image position k [1] alone, with what is cached of the others: x [B, d]."""
         _, P, H, T, D = cache.text.shape
         q, new = self.qkv(self.norm(x)).view(P, -1, 3, H * D).split([1, 2], dim=2)
@@ -225,12 +223,11 @@ class Attention(nn.Module):
         if cache.slots is not None:
             slots = cache.slots.index_select(0, k)[0]
             keys, values = keys.index_select(1, slots), values.index_select(1, slots)
-        near = torch.bmm(q.reshape(-1, 1, D), keys.transpose(1, 2)).view(*q.shape[:3], -1)
+        near = (q.reshape(-1, 1, D) @ keys.transpose(1, 2)).view(*q.shape[:3], -1)
         near = near + cache.bias.index_select(0, k)
         weights = torch.cat([q @ cache.text[0].transpose(2, 3), near], dim=-1).softmax(dim=-1)
         to_text, near = weights.split([T, near.shape[-1]], dim=-1)
-        y = torch.bmm(near.reshape(len(keys), 1, -1), values).view(q.shape)
-        y = to_text @ cache.text[1] + y
+        y = to_text @ cache.text[1] + (near.reshape(len(keys), 1, -1) @ values).view(q.shape)
         return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -307,10 +304,7 @@ def sample(
 
 
 def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """On CUDA, a step over buffers that stay in place as one graph; it has run before, to warm up.
-
-    A step is hundreds of small kernels: launched one by one they would wait for Python.
-    """
+    """On CUDA, a step that has run before and keeps its buffers, as one graph: without Python."""
     if device.type != "cuda":
         return step
     graph = torch.cuda.CUDAGraph()
@@ -427,10 +421,9 @@ class Transformer(nn.Module):
             passes uniforms[row, k], whatever the other rows are. By default torch.rand.
         temperature divides the logits (0: take the likeliest). Then top_k keeps the k likeliest
             tokens and top_p the fewest that hold this much probability, and ties with the last.
-        guidance S takes the logits from a second stream without a caption (the text of
-            `pad_text([])`), which is fed the same tokens, S times the way to the caption's own: 1
-            changes nothing, more follows the caption closer. Classifier-free guidance is later
-            than the paper (Ho & Salimans 2022); such a model has seen empty captions in training.
+        guidance S: logits of the empty caption, pad_text([]), + S · (the caption's − those); both
+            streams are fed the same tokens. Classifier-free guidance is later than the paper (Ho &
+            Salimans 2022), and the model must have seen empty captions in training.
         progress(k, tokens [B, N]) is called once the first k tokens are there.
 
         Equal rows of text and prefix side by side, as repeat_interleave makes them, are candidates
@@ -453,11 +446,10 @@ class Transformer(nn.Module):
         if not (guidance is None or math.isfinite(guidance)):
             raise ValueError(f"expected a finite guidance, got {guidance}")
 
-        tokens = F.pad(prefix, (0, N - n))
-        streams = 1 if guidance is None else 2
+        tokens, streams = F.pad(prefix, (0, N - n)), 1
         if guidance is not None:
-            empty = pad_text([], T, self.config.text_vocab).to(text.device)
-            text, prefix = torch.cat([text, empty.expand(B, T)]), prefix.repeat(2, 1)
+            empty = pad_text([], T, self.config.text_vocab).to(text.device).expand(B, T)
+            text, prefix, streams = torch.cat([text, empty]), prefix.repeat(2, 1), 2
         layers = self.read_prompts(text, prefix) if n < N else []
         positions = self.image_positions()
         before = tokens[:, n - 1] if n else tokens.new_full((B,), self.config.image_vocab)
@@ -473,8 +465,7 @@ class Transformer(nn.Module):
             if guidance is not None:
                 captioned, plain = logits.chunk(2)
                 logits = plain + guidance * (captioned - plain)
-            u = uniforms.index_select(1, k)
-            before.copy_(sample(logits, u, temperature, top_k, top_p))
+            before.copy_(sample(logits, uniforms.index_select(1, k), temperature, top_k, top_p))
             tokens.index_copy_(1, k, before[:, None])
             k.add_(1)
 

@@ -1,7 +1,6 @@
 """bench.py: what it counts, and that the naive version it compares with does the same work."""
 
 import math
-from argparse import Namespace
 
 import pytest
 import torch
@@ -74,16 +73,16 @@ def test_naive_version_draws_what_the_model_draws():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda args: bench.prior_step(args, SMALL),
-        lambda args: bench.generation(args, 1, SMALL),
-        lambda args: bench.generation(args, 8, SMALL),
+        lambda: bench.prior_step("cpu", SMALL),
+        lambda: bench.generation("cpu", 1, SMALL),
+        lambda: bench.generation("cpu", 8, SMALL),
     ],
 )
 def test_a_line_of_the_table(build, capsys, monkeypatch):
     monkeypatch.setattr(
         bench, "probes", lambda device: {"op": lambda: 1e-12, "byte": lambda: 1e-12}
     )
-    line = bench.measure(lambda: build(Namespace(device="cpu", peers=True)), "cpu")
+    line = bench.measure(build, "cpu", with_peers=True)
     assert line["figure"] > 0 and line["memory"] >= 0 and 0 < line["percent"] < 100
     assert all(ratio > 0 for ratio in line["ratios"].values()) and "dense" in str(line["ratios"])
     bench.show(line)

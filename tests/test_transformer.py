@@ -1,5 +1,6 @@
 """transformer.py against Fig. 11 and definitions written out independently of it."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -364,6 +365,20 @@ def test_generation_of_odd_sizes_and_different_prefixes(T, G, kernel, n_layer):
         expected = draw_uncached(model, text, image, n, u)
         assert torch.equal(model.generate(text, image[:, :n], u), expected)
     assert model.loss(text, image)[0].isfinite()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_attention_equals_dense_and_the_graph_draws_what_is_drawn_uncached():
+    c = small()
+    model = build(c).cuda()
+    text, image = (t.cuda() for t in batch(c, 8))
+    for block in model.blocks[0::2]:
+        x = torch.randn(2, c.text_len + 16, 8, dtype=torch.float64, device="cuda")
+        expected = dense(copy.deepcopy(block).cpu(), x.cpu())
+        torch.testing.assert_close(block(x).cpu(), expected, rtol=1e-9, atol=1e-11)
+    u = torch.rand(8, 16, dtype=torch.float64, device="cuda")
+    expected = draw_uncached(model, text, image, 3, u)
+    assert torch.equal(model.generate(text, image[:, :3], u), expected)
 
 
 def test_candidates_do_not_depend_on_one_another():
