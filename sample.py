@@ -34,10 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpe import BPE
+from checkpoint import load
 from clip import CLIP, load_clip
 from dvae import DVAE, load_dvae
 from pictures import check_output, contact_sheet, middle_square, terminal, to_images, write
-from training import derive, fail, load, newest_run, pick_device
+from training import derive, fail, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")

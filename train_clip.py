@@ -256,6 +256,7 @@ def main() -> None:
                         scores, cosines = evaluate(model, val_images, val_text, micro_batch)
                         log.write(done, **scores)
                         progress.show(**scores)
+                        log.draw()
                         part = cosines[:shown, :shown].cpu()
                         path = run_dir / "clip.png"
                         with training.going_on(path):

@@ -285,6 +285,7 @@ def main() -> None:
                         scores = evaluate(average.module, val_images, micro_batch, tau)
                         log.write(done, **scores)
                         progress.show(**scores)
+                        log.draw()
                         with training.going_on(run_dir / "dvae.png"):
                             draw_reconstructions(average.module, val_images, run_dir / "dvae.png")
             if stop:

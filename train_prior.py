@@ -483,6 +483,7 @@ def main() -> None:
                         scores["val_bits_per_dim"] = nats / math.log(2)
                         log.write(done, **scores)
                         progress.show(**scores)
+                        log.draw()
                     if not stop and world.is_main and not mesh:
                         with training.going_on(run_dir / "samples.png"):
                             draw_samples(

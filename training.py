@@ -7,6 +7,8 @@ the seed and the sample's position in the run, the relaxation's noise from the s
 the rank and the micro-batch. So no generator's state is ever saved, a resumed run repeats an
 uninterrupted one, and the data do not depend on the number of processes.
 
+    python training.py RUN...    # curves.png: the logs of runs over each other
+
 What is not here: the loop itself, which each trainer spells out.
 """
 
@@ -36,6 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+from curves import draw_curves
 from powersgd import local
 
 # ----------------------------------------------------------------------------- the door
@@ -269,11 +272,16 @@ class Updates:
             )
 
     def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
-        """Whether the weights are finite on every rank: others must not replace good ones."""
-        good = all(bool(local(p).isfinite().all()) for p in model.parameters())
+        """Whether the weights are good on every rank: others must not replace those saved before."""
+        good = self.in_a_row <= self.most // 10
+        good &= all(bool(local(p).isfinite().all()) for p in model.parameters())
         good = not self.world.max(int(not good))
         if not good and done == steps:
-            fail("the weights are not finite; the last good checkpoint is kept", 1)
+            fail(
+                f"the weights or the last {self.in_a_row} losses are not finite; the last good "
+                "checkpoint is kept. Try a smaller --lr",
+                1,
+            )
         return good
 
     def take(self) -> dict[str, int]:
@@ -464,7 +472,7 @@ def going_on(path: Path):
     """Around the writing of what a run can do without: a failure is said, and training goes on."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"warning: {path} cannot be written ({error}); going on without", file=sys.stderr)
 
 
@@ -494,6 +502,13 @@ class Log:
             with going_on(self.path):
                 with open(self.path, "a") as file:
                     file.write(json.dumps(entry) + "\n")
+
+    def draw(self) -> None:
+        """curves.png, of all that the run's stages have logged."""
+        path = self.path.with_name("curves.png")
+        if self.is_main:
+            with going_on(path):
+                draw_curves([self.path.parent], path)
 
 
 # ----------------------------------------------------------------------------- what is seen
@@ -584,3 +599,9 @@ class Progress:
             announce(self.world, f"{count} samples were skipped: {kind}")
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
+
+
+if __name__ == "__main__":
+    import curves
+
+    curves.main()
