@@ -272,7 +272,7 @@ class Updates:
             )
 
     def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
-        """Whether the weights are good on every rank: others must not replace those saved before."""
+        """Whether the weights are good on every rank: bad ones must not replace good ones."""
         good = self.in_a_row <= self.most // 10
         good &= all(bool(local(p).isfinite().all()) for p in model.parameters())
         good = not self.world.max(int(not good))
