@@ -594,9 +594,10 @@ class Progress:
             seen = [None] * self.world.size
             dist.all_gather_object(seen, (self.skipped, self.cut))
         skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
-        kinds = Counter(": ".join(message.split(": ")[:-1]) for message in skipped)
+        # `unreadable: …` or `filtered: reason: …`, as the sources say it
+        kinds = Counter(re.match(r"filtered: [^:]*|[^:]*", message)[0] for message in skipped)
         for kind, count in kinds.most_common():
-            announce(self.world, f"{count} samples were skipped: {kind}")
+            announce(self.world, f"{count} skipped, {kind}")
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
 
