@@ -176,9 +176,6 @@ def measure(build: Callable[[], Work], device: str, with_peers: bool) -> dict:
     grown = memory(device) - before
     peers = work.peers() if with_peers else {}
     contestants = {"ours": work.ours, **peers, **probes(device)}
-    if work.rounds > 1:
-        for contestant in list(contestants.values())[1:]:
-            contestant()
     rounds = [{name: run() for name, run in contestants.items()} for _ in range(work.rounds)]
     ours = median(r["ours"] for r in rounds)
     op, byte = (min(r[name] for r in rounds) for name in ("op", "byte"))
@@ -503,14 +500,14 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
         return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
 
     def naive(model: Transformer, cached: bool) -> float:
-        n = 16 if cached else 4
+        n = 16 if cached else 3
         return median_step(draw_naively(model, text, prefix, uniforms, n, cached)[1])
 
     @torch.inference_mode()
     def peer(model: nn.Module) -> float:
         cache, times, drawn = {}, [], prefix
         words = text.clamp(max=c.text_vocab - 1)
-        for _ in range(10):
+        for _ in range(6):
             logits = model(words, drawn, cache=cache)[:, -1]
             token = gumbel_sample(top_k(logits, thres=0.5)) - model.num_text_tokens
             drawn = torch.cat([drawn, token[:, None].clamp(min=0)], dim=1)
