@@ -18,8 +18,8 @@ import train_clip
 import training
 from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, load_clip
-from data import BACKGROUNDS, PAIRS, SEEN_PAIRS, SIZES, Scene, Thing, render
 from dvae import load_dvae
+from toy import BACKGROUNDS, PAIRS, SEEN_PAIRS, SIZES, Scene, Thing, render
 from training import images_to
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained/tiny"
