@@ -501,7 +501,7 @@ def main() -> None:
     if world.is_main:
         print(
             f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
-            f"on held-out pictures; see {run_dir}/samples.png\n"
+            f"on held-out pictures; see {run_dir}/{'curves' if mesh else 'samples'}.png\n"
             f'next: python sample.py "a red cube" --run-dir {run_dir}'
         )
     training.shut_down(world)
