@@ -244,7 +244,7 @@ def main() -> None:
         const=0,
         metavar="GPUS",
         help="shard the model among the GPUs of a machine (2.5), or among this many",
-    )  # noqa
+    )
     parser.add_argument(
         "--powersgd-rank",
         type=int,
@@ -341,10 +341,10 @@ def main() -> None:
 
     # ---- model and optimizer
     interrupt = training.Interrupt(world)
-    if not args.init_from:
+    if not args.init_from and (world.is_main or not mesh):
         torch.manual_seed(args.seed)
         model = Transformer(config)
-    if mesh:
+    if mesh:  # rank 0's host alone holds the whole
         weights = model.state_dict() if world.is_main else {}
         with torch.device("meta"):
             model = Transformer(config)

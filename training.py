@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
         metavar="SPEC",
         help="toy (default), a folder of images, "
         "a table (.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'",
-    )  # noqa
+    )
     parser.add_argument("--filters", action="store_true", help="drop what the paper drops (C)")
     parser.add_argument("--val", metavar="SPEC", help="default: a fixed share is held out")
     parser.add_argument("--run-dir", metavar="DIR", type=Path)
