@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -52,13 +52,19 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return Loss(model)
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(Loss(model), ids, broadcast_buffers=False)
+    return DistributedDataParallel(
+        Loss(model), ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def averaging(loss: nn.Module, wanted: bool):
-    """Around a forward and backward pass: whether replicas average their gradients in it."""
-    apart = isinstance(loss, DistributedDataParallel) and not wanted
-    return loss.no_sync() if apart else nullcontext()
+    """Around a forward and backward pass: whether replicas, or machines that hold the same shards,
+    average their gradients in it. The last micro-batch of a step does it for all."""
+    if isinstance(loss, DistributedDataParallel):
+        return nullcontext() if wanted else loss.no_sync()
+    if isinstance(loss.model, FSDPModule):
+        loss.model.set_requires_all_reduce(wanted)
+    return nullcontext()
 
 
 def machine_mesh(device: torch.device, shards: int | None) -> DeviceMesh:
@@ -70,6 +76,8 @@ def machine_mesh(device: torch.device, shards: int | None) -> DeviceMesh:
         raise ValueError(f"--shard {shards}: {size} process(es) cannot be parted into such groups")
     if size == 1:
         raise ValueError("--shard needs several processes: start them with torchrun")
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError("--shard on a CPU needs a newer PyTorch, 2.7 at least")
     names = ("machine", "gpu")
     return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=names)
 

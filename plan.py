@@ -104,9 +104,11 @@ def table(
     bits: int,
     gpu_memory: float,
     powersgd_rank: int | None = None,
+    again: bool = False,
 ) -> str:
     """The plan in lines. `shards` GPUs share the parameters (1: each holds all of them), `tokens`
-    are those of a sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB."""
+    are those of a sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB,
+    `again`: activations are computed again."""
     n = sum(p.numel() for p in model.parameters())
     blocks = getattr(model, "blocks", [model])
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -119,6 +121,8 @@ def table(
     }
     if shards > 1:  # this resblock's and the next one's, and its gradients
         memory["gathered resblocks"] = 3 * 4 * largest
+        if bits == 16 and not again:  # autocast's copies live until the backward pass
+            memory["16-bit weights"] = 2 * n
     if powersgd_rank:
         memory["error buffers"] = 4 * n / shards
     total = sum(memory.values()) / GB

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well defined
 
@@ -93,7 +93,9 @@ class PowerSGD:
                 work.append((E, g, self.Q[name, i]))
         P = [E @ Q for E, _, Q in work]
         self.average(P)
-        P = [torch.linalg.qr(p + EPSILON * torch.eye(*p.shape).to(p)).Q for p in P]
+        for p in P:
+            p.diagonal().add_(EPSILON)
+        P = [torch.linalg.qr(p).Q for p in P]
         Q = [E.T @ p for (E, _, _), p in zip(work, P)]
         self.average(Q)
         for (E, g, _), p, q in zip(work, P, Q):
@@ -102,17 +104,25 @@ class PowerSGD:
             error.copy_(torch.where(error.isfinite().all(), error, 0))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums of the buffers over the machines: all that matters on resuming. For all ranks
-        to call."""
-        sums = {name: error.clone() for name, error in self.errors.items()}
-        for total in sums.values():
+        """The sums of the buffers over the machines, sharded as the parameters are: all that
+        matters on resuming. For all ranks to call."""
+        sums = {}
+        for name, p in self.matrices:
+            total = self.errors[name].clone()
             dist.all_reduce(total, group=self.group)
+            if isinstance(p, DTensor):
+                of_all = {"shape": p.shape, "stride": p.stride()}
+                total = DTensor.from_local(total, p.device_mesh, p.placements, **of_all)
+            sums[name] = total
         return sums
 
     def load_state_dict(self, sums: dict[str, Tensor]) -> None:
         """Each machine takes an equal part of the sums, however many there were."""
-        for name, error in self.errors.items():
-            error.copy_(sums[name] / self.machines)
+        for name, p in self.matrices:
+            total = sums[name]
+            if isinstance(p, DTensor) and not isinstance(total, DTensor):  # it was saved whole
+                total = distribute_tensor(total.to(p.device), p.device_mesh, p.placements)
+            self.errors[name].copy_(local(total) / self.machines)
 
 
 def pieces(name: str, matrix: Tensor) -> list[Tensor]:

@@ -44,6 +44,11 @@ class State:
     tensors: dict | None
 
 
+def names(stage: str) -> list[str]:
+    """What a stage's state can be called, for a new run to set aside."""
+    return [f"{stage}_state{suffix}" for suffix in (".pt", "", ".previous")]
+
+
 def tensors_of(
     model: nn.Module,
     average: AveragedModel | None,
@@ -82,12 +87,15 @@ def save_state(path: Path, about: dict, tensors: dict, sharded: bool) -> None:
         raise OSError(
             f"{folder} cannot be written; is its disk full? ({cause(failure)})"
         ) from error
+    own = [file.name for file in new.glob(f"__{dist.get_rank()}_*")] + [".metadata"] * main
+    sums = [None] * dist.get_world_size()
+    dist.all_gather_object(sums, {name: crc32(new / name) for name in own})
     if main:
-        saved = {"sums": {file.name: crc32(file) for file in new.iterdir()}, "about": about}
+        saved = {"sums": {k: v for part in sums for k, v in part.items()}, "about": about}
         text = json.dumps({"crc32": crc32_of(saved), "saved": saved})
         write(new / "about.json", lambda file: file.write(text.encode()))
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if folder.exists():  # else `old` is the only state there is
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -187,6 +195,9 @@ def to_resume(
     `run` holds the settings of this run; where they differ from those of the state, it is said.
     """
     state = find_state(path, run, *keys) if wanted else None
+    mine = (str(state.path), state.about["step"]) if state else None
+    if world.max(int(world.share(lambda: mine) != mine)):
+        raise ValueError(f"not every process finds the same state at {path}: is the disk shared?")
     if state is None:
         if wanted:
             announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
@@ -207,8 +218,8 @@ def restore(
     compressor: PowerSGD | None = None,
 ) -> None:
     """Bring a run's tensors back to where its state says they were. For all ranks to call."""
-    if not state.about.get("errors"):
-        compressor = None
+    if not (state.tensors or state.about).get("errors"):
+        compressor = None  # the run had none
     tensors, options = state.tensors, StateDictOptions(full_state_dict=True)
     if tensors is None:
         tensors, options = tensors_of(model, average, optimizer, compressor), None

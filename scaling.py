@@ -14,7 +14,7 @@ and divided by it where it leaves, at its input. The identity path stays in 32 b
         optimizer.step()
 
 What is not here: 16-bit parameters and Adam's 16-bit moments. Our reading: 32-bit master weights,
-which autocast casts for each product.
+which autocast casts for each product, so that small updates are not rounded away.
 """
 
 import math
@@ -44,7 +44,9 @@ class AtOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return filtered((grad * scale).to(ctx.dtype)), None
+        # What overflows by the scale itself must reach the parameters' gradients, so that the
+        # scale falls; only what came in broken is dropped here.
+        return (filtered(grad) * scale).to(ctx.dtype), None
 
 
 class AtInput(torch.autograd.Function):

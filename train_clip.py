@@ -126,7 +126,7 @@ def main() -> None:
     # ---- what to run
     with training.door():
         world = training.launch(args.device)
-        run_dir = args.run_dir or training.newest_run("bpe.json", "dvae.pt")
+        run_dir = args.run_dir or world.share(lambda: training.newest_run("bpe.json", "dvae.pt"))
         if run_dir is None:
             raise ValueError("no run holds a bpe.json and a dvae.pt; start with train_dvae.py")
         for name, script in (("dvae.pt", "train_dvae.py"), ("bpe.json", "train_prior.py")):
@@ -172,7 +172,7 @@ def main() -> None:
         val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main and not state:
-            checkpoint.set_aside(run_dir, "clip_state.pt", "clip.pt")
+            checkpoint.set_aside(run_dir, *run_state.names("clip"), "clip.pt")
 
     with training.safely(world, micro_batch, "--batch-size"):
         # ---- model and optimizer
@@ -239,7 +239,7 @@ def main() -> None:
             progress.cut += int(was_cut.sum())
             images = images_to(world.device, pixels)
             with training.autocast(world, args.dtype):
-                loss, metrics = loss_of(images, text.to(world.device))
+                loss, metrics = loss_of(images, text.to(world.device, non_blocking=True))
             scaler.scale(loss).backward()
             progress.add(metrics)
             scaler.unscale_(optimizer)

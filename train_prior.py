@@ -52,7 +52,8 @@ from transformer import Transformer, TransformerConfig, load_transformer, pad_te
 
 @dataclass
 class PriorTraining:
-    """How to train the prior; the defaults are the paper's (B.2).
+    """How to train the prior; the defaults are the paper's (B.2), but for those of the plateau
+    rule, of bpe_captions, logging and evaluation, which it does not give.
 
     The paper halves the step size "each time the training loss appeared to plateau", five times.
     Our reading: the mean loss of every `plateau_steps` updates is compared with the best one so
@@ -70,7 +71,7 @@ class PriorTraining:
     beta2: float = 0.96
     eps: float = 1e-8
     weight_decay: float = 4.5e-2
-    clip: float = 4.0
+    clip: float = 4.0  # of the decompressed gradient (E); it only triggers in warm-up
     ema: float = 0.99
     ema_every: int = 25
     bpe_dropout: float = 0.1
@@ -127,12 +128,12 @@ def find_bpe(run_dir: Path, args, hp, config, train, world) -> tuple[BPE, str]:
     paths = [run_dir / "bpe.json"]
     if args.init_from and not args.resume:
         paths.insert(0, args.init_from.parent / "bpe.json")
-    for path in paths:
-        if path.exists():
-            bpe = BPE.load(path)
-            if args.text_vocab and args.text_vocab < bpe.vocab_size:
-                raise ValueError(f"--text-vocab {args.text_vocab}: {path} has {bpe.vocab_size}")
-            return bpe, f"BPE {path}"
+    path = world.share(lambda: next((p for p in paths if p.exists()), None))
+    if path:
+        bpe = BPE.load(path)
+        if args.text_vocab and args.text_vocab < bpe.vocab_size:
+            raise ValueError(f"--text-vocab {args.text_vocab}: {path} has {bpe.vocab_size}")
+        return bpe, f"BPE {path}"
     captions = captions_of(train, hp.bpe_captions)
     merges = world.share(lambda: BPE.train(captions, config.text_vocab).merges)
     return BPE(merges), f"BPE of {256 + len(merges)} pieces trained on its captions"
@@ -231,6 +232,7 @@ def print_plan(args: argparse.Namespace) -> None:
             bits=32 if args.dtype == "fp32" else 16,
             gpu_memory=args.gpu_memory,
             powersgd_rank=args.powersgd_rank,
+            again=args.checkpoint_activations,
         )
     )
 
@@ -272,7 +274,7 @@ def main() -> None:
             dvae, about = adopt_openai(args)
             run_dir = args.run_dir or Path("runs") / f"openai-{about['preset']}"
         else:
-            run_dir = args.run_dir or training.newest_run("dvae.pt")
+            run_dir = args.run_dir or world.share(lambda: training.newest_run("dvae.pt"))
             if run_dir is None:
                 raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
             if not (run_dir / "dvae.pt").is_file():
@@ -293,6 +295,10 @@ def main() -> None:
         config = training.choose(TransformerConfig, PRESETS[preset], args)
         micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world.size)
         mesh = machine_mesh(world.device, args.shard) if args.shard is not None else None
+        if mesh and 4 * config.d_model % mesh["gpu"].size():
+            raise ValueError(
+                f"--shard {mesh['gpu'].size()} does not divide {4 * config.d_model}, 4d"
+            )
         if args.powersgd_rank is not None:
             machines, gpus = (
                 (mesh["machine"].size(), mesh["gpu"].size()) if mesh else (world.size, 1)
@@ -335,9 +341,9 @@ def main() -> None:
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
-                checkpoint.set_aside(run_dir, "prior_state.pt", "prior_state", "prior.pt")
+                checkpoint.set_aside(run_dir, *run_state.names("prior"), "prior.pt")
             if args.openai_dvae and not state:
-                checkpoint.set_aside(run_dir, "dvae_state.pt", "dvae.pt")
+                checkpoint.set_aside(run_dir, *run_state.names("dvae"), "dvae.pt")
                 checkpoint.save(run_dir / "dvae.pt", about)
             bpe.save(run_dir / "bpe.json")
 
@@ -358,12 +364,14 @@ def main() -> None:
             for sharded in (model, average.module):
                 shard(sharded, among, world.device)
                 fill(sharded, weights)
+            del weights
         scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
         if args.checkpoint_activations:
             checkpoint_activations(model.blocks)
         compressor = None
         if args.powersgd_rank:  # (E)
             compressor = powersgd(model, args.powersgd_rank, mesh, args.seed)
+        # Weight decay on everything: our reading, for the paper exempts nothing.
         optimizer = torch.optim.AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
@@ -373,6 +381,8 @@ def main() -> None:
         if state:
             run_state.restore(state, model, average, optimizer, compressor)
             plateau.load_state_dict(state.about["plateau"])
+            plateau.threshold = hp.plateau_threshold
+            plateau.min_lrs = [hp.lr / 2**hp.plateau_halvings]
             for group in optimizer.param_groups:
                 group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
                 group["lr"] *= hp.lr / state.about["run"]["lr"]
@@ -380,7 +390,8 @@ def main() -> None:
                 scales.load_state_dict(state.about["scales"])
             start = state.about["step"]
             window += torch.tensor(state.about["window"], device=world.device)
-        loss_of = Loss(model) if mesh else replicate(model, world.device)
+            state = None  # its tensors are as large as the run's
+        loss_of = Loss(model) if mesh or compressor else replicate(model, world.device)
 
         @torch.no_grad()
         def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
@@ -444,9 +455,10 @@ def main() -> None:
                 (pixels, text, was_cut), skipped = next(batches)
                 progress.skip(skipped)
                 progress.cut += int(was_cut.sum())
-                text, image = text.to(world.device), tokens_of(pixels)
+                text = text.to(world.device, non_blocking=True)
+                image = tokens_of(pixels)
                 with averaging(loss_of, k == accumulate - 1 and not compressor):
-                    with training.autocast(world, args.dtype):
+                    with training.autocast(world, args.dtype, mesh is not None):
                         loss, metrics = loss_of(text, image)
                     (loss / accumulate).backward()
                 step_loss += loss.detach() / accumulate
@@ -463,10 +475,10 @@ def main() -> None:
             updates.count(finite, step)
 
             done = step + 1
-            if done % hp.ema_every == 0 or average.n_averaged == 0:
+            if done % hp.ema_every == 0 or average.n_averaged == 0:  # the first starts it
                 average.update_parameters(model)
             if done % hp.plateau_steps == 0:
-                if done >= hp.warmup_steps:
+                if done >= hp.warmup_steps and window[1] > 0:
                     plateau.step((window[0] / window[1]).item())
                 window.zero_()
 

@@ -125,6 +125,8 @@ def check_ranges(hp) -> None:
         most = 1 if name in shares else math.inf
         if not least <= value <= most or value == math.inf:
             raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")
+        if value == 1 and name in ("beta1", "beta2", "ema"):
+            raise ValueError(f"{option} is 1: nothing would ever move; expected less")
 
 
 def newest_run(*names: str) -> Path | None:
@@ -198,11 +200,15 @@ def launch(device_name: str | None) -> World:
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return World(0, 1, device)
+    if device.type == "mps":  # which gloo does not know
+        if device_name:
+            raise ValueError("--device mps is for one process; under torchrun use --device cpu")
+        device = torch.device("cpu")
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -279,7 +285,7 @@ class Updates:
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM asks the loop to stop after the step it is in; a second one is final."""
+    """Ctrl-C or SIGTERM asks the loop to stop after the step it is in; a second Ctrl-C is final."""
 
     def __init__(self, world: World):
         self.world, self.code = world, 0
@@ -288,17 +294,22 @@ class Interrupt:
 
     def ask(self, number: int, _) -> None:
         self.code = 128 + number
-        signal.signal(number, signal.SIG_DFL)
+        if (
+            number == signal.SIGINT
+        ):  # a scheduler sends SIGTERM to us and to torchrun, who passes it on
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> int:
         """The exit code to stop with, the same on every rank; 0 to go on."""
         return self.world.max(self.code)
 
 
-def autocast(world: World, dtype: str):
-    """Mixed precision, or nothing for fp32."""
+def autocast(world: World, dtype: str, sharded: bool = False):
+    """Mixed precision, or nothing for fp32. Of a sharded model no 16-bit copies are kept for the
+    next use of a weight: together they would be the whole model."""
     kind = torch.float16 if dtype == "fp16" else torch.bfloat16
-    return torch.autocast(world.device.type, kind, enabled=dtype != "fp32")
+    on = dtype != "fp32"
+    return torch.autocast(world.device.type, kind, enabled=on, cache_enabled=not sharded)
 
 
 def shut_down(world: World) -> None:
@@ -588,15 +599,15 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-        seen = [(self.skipped, self.cut)]
+        # `unreadable: …` or `filtered: reason: …`, as the sources say it
+        kinds = Counter(re.match(r"filtered: [^:]*|[^:]*", message)[0] for message in self.skipped)
+        seen = [(kinds, self.cut)]
         if self.world.size > 1:
             seen = [None] * self.world.size
-            dist.all_gather_object(seen, (self.skipped, self.cut))
-        skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
-        # `unreadable: …` or `filtered: reason: …`, as the sources say it
-        kinds = Counter(re.match(r"filtered: [^:]*|[^:]*", message)[0] for message in skipped)
-        for kind, count in kinds.most_common():
+            dist.all_gather_object(seen, (kinds, self.cut))
+        for kind, count in sum((kinds for kinds, _ in seen), Counter()).most_common():
             announce(self.world, f"{count} skipped, {kind}")
+        cut = sum(count for _, count in seen)
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
 

@@ -1,14 +1,18 @@
 """Appendix E, step by step and between two processes; Tables 1 and 2."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import powersgd
+import run_state
 from powersgd import PowerSGD, pieces, sent
 
 
@@ -61,7 +65,7 @@ def reference(errors, Q, grads):
     return decompressed / n, [e - decompressed / n for e in errors]
 
 
-def on_two_machines(rank: int, port: int) -> None:
+def on_two_machines(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -103,6 +107,33 @@ def on_two_machines(rank: int, port: int) -> None:
     fresh.load_state_dict(sums)
     assert all((fresh.Q[key] == Q).all() for key, Q in compressor.Q.items())  # fixed, not resampled
     assert all(torch.allclose(fresh.state_dict()[n], sums[n], atol=1e-5) for n, _ in matrices)
+
+    # through a file, and the sums of shards as one sharded matrix, which any machine can cut anew
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    about = {"config": {}, "run": {}, "step": 1}
+    tensors = run_state.tensors_of(model, None, optimizer, compressor)
+    run_state.save_state(folder / "x_state.pt", about, tensors, sharded=False)
+    dist.barrier()
+    state = run_state.find_state(folder / "x_state.pt", {"steps": 9})
+    again = PowerSGD(matrices, others, rank=2, seed=3)
+    run_state.restore(state, model, None, optimizer, again)
+    assert all(torch.allclose(again.state_dict()[n], sums[n], atol=1e-5) for n, _ in matrices)
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("machine", "gpu"))
+    whole = {n: p.detach().clone() for n, p in matrices}
+    for p in whole.values():
+        dist.broadcast(p, 0)
+    parts = [(n, distribute_tensor(p, mesh["gpu"], [Shard(0)])) for n, p in whole.items()]
+    own = PowerSGD(parts, [], 2, mesh["machine"].get_group(), shards=2, shard=rank)
+    for n, p in parts:
+        own.errors[n].copy_(p.to_local())
+    saved = own.state_dict()
+    assert all(torch.equal(saved[n].full_tensor(), whole[n]) for n in whole)
+    for sums_of in (saved, whole):
+        other = PowerSGD(parts, [], 2, mesh["machine"].get_group(), shards=2, shard=rank)
+        other.load_state_dict(sums_of)
+        assert all(torch.equal(other.errors[n], own.errors[n]) for n in whole)
 
     # an update that is skipped: the finite buffer lives on, the other is zeroed on both machines
     for _, p in model.named_parameters():
@@ -148,11 +179,11 @@ def on_two_machines(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
-def test_powersgd_between_two_machines():
+def test_powersgd_between_two_machines(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(on_two_machines, (port,), nprocs=2)
+    mp.spawn(on_two_machines, (port, tmp_path), nprocs=2)
 
 
 def test_the_rank_must_fit_the_machine():

@@ -97,6 +97,21 @@ def test_an_overflow_stays_in_its_resblock():
         torch.testing.assert_close(found[k] / 2**13, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_scale_that_overflows_is_noticed_and_falls():
+    """The largest gradients must not be dropped in silence: 0.1 times 2^24 is no float16."""
+    block = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+    scales = GradientScales(block)
+    scales.scales.fill_(2.0**24)
+    x = torch.randn(256, WIDTH)
+    with torch.autocast("cpu", torch.float16):
+        y = x + block[0](x)
+    grad = torch.full_like(y, 1e-6)
+    grad[7] = 0.1
+    y.backward(grad)
+    assert not scales.finish(0)
+    assert scales.scales.item() == pytest.approx(2**23.5)
+
+
 def test_the_rule():
     blocks = resblocks()
     scales = GradientScales(blocks, M=8)
