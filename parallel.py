@@ -34,6 +34,9 @@ from torch.utils.checkpoint import checkpoint
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
+
+
 class Loss(nn.Module):
     """A model's loss as a forward pass, which is where DDP comes in."""
 

@@ -220,6 +220,9 @@ def safely(world: World, micro_batch: int, option: str = "--micro-batch"):
     except (torch.OutOfMemoryError, MemoryError) as error:
         trouble = error
     except RuntimeError as error:
+        if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
+            reason = "another process of this run was lost; go on with --resume"
+            fail(f"{reason} ({str(error).splitlines()[0]})", 1, alone=True)
         if "can't allocate memory" not in str(error):  # what the CPU's allocator says
             raise
         trouble = error
@@ -389,6 +392,7 @@ def collate(items: list) -> tuple[list[Tensor], list[str]]:
 
 def stop_loading() -> None:
     """At exit, after an exception too: multiprocessing would send SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each of them
     for process in multiprocessing.active_children():
         process.kill()
 
