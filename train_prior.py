@@ -244,7 +244,7 @@ def main() -> None:
         const=0,
         metavar="GPUS",
         help="shard the model among the GPUs of a machine (2.5), or among this many",
-    )  # noqa
+    )
     parser.add_argument(
         "--powersgd-rank",
         type=int,
@@ -342,10 +342,10 @@ def main() -> None:
     with training.safely(world, micro_batch):
         # ---- model and optimizer
         interrupt = training.Interrupt(world)
-        if not args.init_from:
+        if not args.init_from and (world.is_main or not mesh):
             torch.manual_seed(args.seed)
             model = Transformer(config)
-        if mesh:
+        if mesh:  # rank 0's host alone holds the whole
             weights = model.state_dict() if world.is_main else {}
             with torch.device("meta"):
                 model = Transformer(config)
@@ -506,7 +506,7 @@ def main() -> None:
     if world.is_main:
         print(
             f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
-            f"on held-out pictures; see {run_dir}/samples.png\n"
+            f"on held-out pictures; see {run_dir}/{'curves' if mesh else 'samples'}.png\n"
             f'next: python sample.py "a red cube" --run-dir {run_dir}'
         )
     training.shut_down(world)

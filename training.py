@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
         metavar="SPEC",
         help="toy (default), a folder of images, "
         "a table (.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'",
-    )  # noqa
+    )
     parser.add_argument("--filters", action="store_true", help="drop what the paper drops (C)")
     parser.add_argument("--val", metavar="SPEC", help="default: a fixed share is held out")
     parser.add_argument("--run-dir", metavar="DIR", type=Path)
@@ -286,7 +286,7 @@ class Updates:
             )
 
     def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
-        """Whether the weights are good on every rank: others must not replace what was saved."""
+        """Whether the weights are good on every rank: bad ones must not replace good ones."""
         good = self.in_a_row <= self.most // 10
         good &= all(bool(local(p).isfinite().all()) for p in model.parameters())
         good = not self.world.max(int(not good))
@@ -619,9 +619,10 @@ class Progress:
             seen = [None] * self.world.size
             dist.all_gather_object(seen, (self.skipped, self.cut))
         skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
-        kinds = Counter(": ".join(message.split(": ")[:-1]) for message in skipped)
+        # `unreadable: …` or `filtered: reason: …`, as the sources say it
+        kinds = Counter(re.match(r"filtered: [^:]*|[^:]*", message)[0] for message in skipped)
         for kind, count in kinds.most_common():
-            announce(self.world, f"{count} samples were skipped: {kind}")
+            announce(self.world, f"{count} skipped, {kind}")
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
 
