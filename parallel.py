@@ -32,8 +32,6 @@ from torch.utils.checkpoint import checkpoint
 
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-
-
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
 
 

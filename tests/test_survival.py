@@ -140,11 +140,11 @@ def call(tmp_path, monkeypatch, capsys):
 def test_killed_at_any_moment(tmp_path):
     """Three of the kills of `make soak`, one of each kind."""
     whole, broken = soak.new_run(tmp_path / "whole"), soak.new_run(tmp_path / "broken")
-    assert Run("train_dvae", whole, "--steps", 120).wait() == 0
+    assert Run("train_dvae", whole, "--steps", 80).wait() == 0
     (broken / "dvae_state.pt.tmp").write_bytes(b"PK half a checkpoint of an earlier run")
 
     def go_on():
-        return Run("train_dvae", broken, "--steps", 120, "--resume")
+        return Run("train_dvae", broken, "--steps", 80, "--resume")
 
     met = soak.torture(go_on, broken, soak.KINDS, random.Random(0), 1)
     assert sum(met.values()) == 3
