@@ -48,7 +48,9 @@ def fail(message: str, code: int = 2, alone: bool = False) -> None:
     """End with one line on standard error. Under torchrun each machine's first rank speaks, unless
     the trouble is this process's alone."""
     if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line is to stand alone, and last
+            bar.close()
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
