@@ -34,6 +34,7 @@ from powersgd import local
 
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
 
 
 class Loss(nn.Module):

@@ -47,7 +47,9 @@ def fail(message: str, code: int = 2, alone: bool = False) -> None:
     """End with one line on standard error. Under torchrun each machine's first rank speaks, unless
     the trouble is this process's alone."""
     if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line is to stand alone, and last
+            bar.close()
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -225,6 +227,9 @@ def safely(world: World, micro_batch: int, option: str = "--micro-batch"):
     except (torch.OutOfMemoryError, MemoryError) as error:
         trouble = error
     except RuntimeError as error:
+        if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
+            reason = "another process of this run was lost; go on with --resume"
+            fail(f"{reason} ({str(error).splitlines()[0]})", 1, alone=True)
         if "can't allocate memory" not in str(error):  # what the CPU's allocator says
             raise
         trouble = error
@@ -378,6 +383,7 @@ def collate(items: list) -> tuple[list[Tensor], list[str]]:
 
 def stop_loading() -> None:
     """At exit, after an exception too: multiprocessing would send SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each of them
     for process in multiprocessing.active_children():
         process.kill()
 

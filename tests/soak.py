@@ -10,6 +10,7 @@ must be readable each time. At last the run ends by itself, and its weights must
 that nobody disturbed, bit for bit.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -70,26 +71,39 @@ def kill_all(process) -> None:
     process.wait()
 
 
+def half_written(run_dir: Path) -> set[tuple[Path, int]]:
+    """Checkpoints that are not finished, and when they were last written to."""
+    found = set()
+    for path in run_dir.glob("*.pt.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+KINDS = ("starting", "training", "saving")
+
+
 def torture(
-    launch: Callable, run_dir: Path, kills: int, rng: random.Random, startup: float
+    launch: Callable, run_dir: Path, kinds: list[str], rng: random.Random, startup: float
 ) -> Counter:
-    """Launch a run and kill it, `kills` times; how many while it started, trained and saved.
+    """Launch a run and kill it for each of `kinds`; how many of each kind it came to.
 
     startup: about the seconds from launch to the first step.
     """
     log, met = run_dir / "log.jsonl", Counter()
-    for kind in rng.sample(["starting", "training", "saving"] * kills, kills):
-        before = log.stat().st_mtime_ns if log.exists() else 0
+    for kind in kinds:
+        before, halves = log.stat().st_mtime_ns if log.exists() else 0, half_written(run_dir)
         process = launch()
         if kind == "starting":
             time.sleep(rng.uniform(0, startup))
         else:
             wait_for(lambda: log.exists() and log.stat().st_mtime_ns != before, process)  # noqa: B023
-            time.sleep(rng.expovariate(2))
+            time.sleep(rng.uniform(0, 0.6))
             if kind == "saving":
-                wait_for(lambda: any(run_dir.glob("*.pt.tmp")), process)
+                wait_for(lambda: half_written(run_dir) - halves, process)  # noqa: B023
         kill_all(process)
-        met["saving" if any(run_dir.glob("*.pt.tmp")) else kind.replace("saving", "training")] += 1
+        is_new = half_written(run_dir) - halves
+        met["saving" if is_new else kind.replace("saving", "training")] += 1
         for path in run_dir.glob("*.pt"):
             checkpoint.load(path)
     return met
@@ -104,6 +118,8 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def main(kills: int) -> None:
     rng = random.Random(0)
+    kinds = [KINDS[k % 3] for k in range(kills)]
+    rng.shuffle(kinds)
     for script, name, options in (
         ("train_dvae.py", "dvae.pt", [*DVAE, "--steps", str(40 * kills)]),
         ("train_prior.py", "prior.pt", [*PRIOR, "--steps", str(40 * kills)]),
@@ -124,7 +140,7 @@ def main(kills: int) -> None:
             startup = time.time() - begin
             assert process.wait() == 0, (whole / "output.txt").read_text()[-3000:]
             undisturbed, begin = time.time() - begin, time.time()
-            met = torture(lambda: launch(broken, "--resume"), broken, kills, rng, startup)  # noqa: B023
+            met = torture(lambda: launch(broken, "--resume"), broken, kinds, rng, startup)  # noqa: B023
             assert launch(broken, "--resume").wait() == 0, (broken / "output.txt").read_text()[
                 -3000:
             ]

@@ -1,0 +1,558 @@
+"""What a run survives: kills, signals, full disks, no memory, losses that are no numbers, and files
+that are damaged or mean harm. The long version of the first is `make soak`."""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import judge
+import train_clip
+import train_dvae
+import train_prior
+import training
+from bpe import BPE
+from clip import CLIP, CLIPConfig, load_clip
+from dvae import DVAE, DVAEConfig, load_dvae
+from transformer import Transformer, TransformerConfig, load_transformer
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "pretrained/tiny"
+SCRIPTS = {"train_dvae": soak.DVAE, "train_prior": soak.PRIOR}
+
+# ---- runs in processes of their own, forked from one that has the imports behind it
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train_dvae", "train_prior"])
+
+
+def live(script, args, output, limits):
+    os.setsid()
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    for kind, most in limits:
+        if kind == resource.RLIMIT_AS:  # so much more than now
+            most += 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4
+        resource.setrlimit(kind, (most, most))
+    sys.argv = [f"{script}.py", *args]
+    try:
+        importlib.import_module(script).main()
+    finally:
+        training.stop_loading()  # what a script's own end does
+
+
+class Run:
+    """A trainer in a process of its own; as much of a Popen as is needed."""
+
+    def __init__(self, script, run_dir, *args, limits=()):
+        self.output = run_dir / "output.txt"
+        self.begin = self.output.stat().st_size if self.output.exists() else 0
+        args = [*SCRIPTS[script], *soak.places(run_dir), *map(str, args)]
+        self.process = context.Process(target=live, args=(script, args, self.output, limits))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join(120)
+        return self.process.exitcode
+
+    def said(self):
+        """The lines it wrote, without its bar."""
+        written = self.output.read_bytes()[self.begin :].decode().replace("\r", "\n").splitlines()
+        return [line for line in written if line.strip() and "it/s" not in line]
+
+    def complaints(self):
+        return [line for line in self.said() if line.startswith(("train_", "warning", "Trace"))]
+
+
+def log_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run directory in which both trainers have ended at step 10."""
+    run_dir = soak.new_run(tmp_path_factory.mktemp("saved") / "run")
+    for script in SCRIPTS:
+        run = Run(script, run_dir, "--steps", 10, "--workers", 0)
+        assert run.wait() == 0, run.said()
+        shutil.copy(SHIPPED / "dvae.pt", run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(saved, tmp_path):
+    """A copy of it."""
+    copy = shutil.copytree(saved, tmp_path / "run")
+    for path in copy.glob("*.old"):
+        path.unlink()
+    return copy
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Calls a script's main here, in an empty directory: (exit code, lines on standard error)."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def main(module, *args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        return code, [line for line in lines if line.strip() and "it/s" not in line]
+
+    yield main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# ---- kills and signals
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Three of the kills of `make soak`, one of each kind."""
+    whole, broken = soak.new_run(tmp_path / "whole"), soak.new_run(tmp_path / "broken")
+    assert Run("train_dvae", whole, "--steps", 80).wait() == 0
+    (broken / "dvae_state.pt.tmp").write_bytes(b"PK half a checkpoint of an earlier run")
+
+    def go_on():
+        return Run("train_dvae", broken, "--steps", 80, "--resume")
+
+    met = soak.torture(go_on, broken, soak.KINDS, random.Random(0), 1)
+    assert sum(met.values()) == 3
+    last = go_on()
+    assert last.wait() == 0, last.said()
+    assert any("steps" in line and "steps 0 to" not in line for line in last.said())
+    assert soak.same_weights(whole / "dvae.pt", broken / "dvae.pt")
+    assert not list(broken.glob("*.tmp"))
+
+
+def test_asked_to_stop(run_dir):
+    """By SIGTERM; test_pipeline.py tries Ctrl-C."""
+    log = run_dir / "log.jsonl"
+    log.unlink()
+    run = Run("train_prior", run_dir, "--steps", 100_000, "--resume", "--eval-every", 100_000)
+    soak.wait_for(log.exists, run)
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait() == 143
+    (line,) = run.complaints()
+    step = checkpoint.load(run_dir / "prior_state.pt")["step"]
+    assert line == f"train_prior.py: stopped after step {step} of 100000; go on with --resume"
+    assert step > 10 and checkpoint.load(run_dir / "prior.pt")["step"] == step
+
+
+def processes(word):
+    """Those whose command line holds a word: {id: (parent's id, rank)}."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (path / "cmdline").read_bytes():
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                names = dict(
+                    entry.partition(b"=")[::2]
+                    for entry in (path / "environ").read_bytes().split(b"\0")
+                )
+                found[int(path.name)] = parent, names.get(b"RANK")
+    return found
+
+
+def test_torchrun_goes_down_together(run_dir):
+    """SIGTERM to torchrun: the ranks save at one step. Resumed, a killed rank ends the others."""
+    log = run_dir / "log.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train_prior.py", *soak.PRIOR, *soak.places(run_dir), "--steps", "100000"]
+    command += ["--resume", "--eval-every", "100000"]
+
+    def launch():
+        log.unlink()
+        with open(run_dir / "output.txt", "wb") as file:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        soak.wait_for(log.exists, process)
+        return process
+
+    process = launch()
+    process.terminate()
+    process.wait(60)
+    text = (run_dir / "output.txt").read_text()
+    step = checkpoint.load(run_dir / "prior_state.pt")["step"]
+    assert text.count(f"stopped after step {step} of 100000; go on with --resume") == 1
+    assert step > 10 and not processes(str(run_dir))
+
+    process = launch()
+    ranks = {rank: number for number, (parent, rank) in processes(str(run_dir)).items()
+             if parent == process.pid}  # fmt: skip
+    os.kill(ranks[b"1"], signal.SIGKILL)
+    assert process.wait(60) != 0
+    text = (run_dir / "output.txt").read_text()
+    assert text.count("another process of this run was lost") == 1 and "[rank" not in text
+    deadline = time.time() + 30
+    while processes(str(run_dir)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not processes(str(run_dir))
+    assert checkpoint.load(run_dir / "prior_state.pt")["step"] == step
+
+
+# ---- full disks, no memory
+
+
+def test_the_disk_is_full_for_checkpoints(run_dir):
+    before = checkpoint.load(run_dir / "prior_state.pt")
+    limits = [(resource.RLIMIT_FSIZE, 50_000)]
+    run = Run("train_prior", run_dir, "--steps", 40, "--resume", "--workers", 0, limits=limits)
+    assert run.wait() == 1
+    (line,) = run.complaints()
+    assert "prior.pt cannot be written (File too large); what was saved before is kept" in line
+    assert checkpoint.load(run_dir / "prior_state.pt")["step"] == before["step"] == 10
+    assert load_transformer(run_dir / "prior.pt") and not list(run_dir.glob("*.tmp"))
+    assert Run("train_prior", run_dir, "--steps", 20, "--resume", "--workers", 0).wait() == 0
+
+
+def test_the_disk_is_full_for_the_log_and_the_pictures(run_dir):
+    """Training goes on, and each file is complained about once."""
+    line = json.dumps({"stage": "dvae", "step": 1, "loss": 1.0})
+    (run_dir / "log.jsonl").write_text(line + " " * 3_000_000 + "\n")
+    before = (run_dir / "log.jsonl").read_bytes()
+    (run_dir / "samples.png").unlink()
+    (run_dir / "samples.png").mkdir()
+    limits = [(resource.RLIMIT_FSIZE, 2_000_000)]
+    run = Run("train_prior", run_dir, "--steps", 40, "--resume", "--workers", 0, limits=limits)
+    assert run.wait() == 0, run.said()
+    complaints = run.complaints()
+    assert len(complaints) == 2 and all(line.startswith("warning: ") for line in complaints)
+    assert "log.jsonl cannot be written" in complaints[0]
+    assert "samples.png cannot be written" in complaints[1]
+    assert checkpoint.load(run_dir / "prior_state.pt")["step"] == 40
+    assert (run_dir / "log.jsonl").read_bytes() == before
+
+
+def test_half_a_line_of_the_log_is_taken_back(tmp_path, capsys):
+    log = training.Log(tmp_path, "dvae", 0, training.World(0, 1, torch.device("cpu")))
+    log.write(1, loss=1.0)
+    size, limit = log.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limit[1]))
+        log.write(2, loss=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write(3, loss=3.0)
+    assert [entry["step"] for entry in log_of(tmp_path)] == [1, 3]
+
+
+def test_out_of_memory(run_dir):
+    limits = [(resource.RLIMIT_AS, 2**29)]
+    options = ["--steps", 20, "--workers", 0, "--resume", "--batch-size", 3000]
+    run = Run("train_dvae", run_dir, *options, limits=limits)
+    assert run.wait() == 1
+    (line,) = run.complaints()
+    assert "out of memory on cpu with 3000 samples at once: try --micro-batch 1500," in line
+    assert checkpoint.load(run_dir / "dvae_state.pt")["step"] == 10
+
+
+def test_out_of_memory_says_what_divides(capsys):
+    world = training.World(0, 2, torch.device("cpu"))
+    for micro_batch, option, expected in (
+        (9, "--micro-batch", "try --micro-batch 3, the same batch"),
+        (9, "--batch-size", "try --batch-size 6;"),
+        (1, "--micro-batch", "try a smaller model;"),
+    ):
+        with pytest.raises(SystemExit) as stopped, training.safely(world, micro_batch, option):
+            raise MemoryError
+        assert stopped.value.code == 1 and expected in capsys.readouterr().err
+
+
+# ---- losses that are no numbers
+
+
+@pytest.mark.parametrize("script, model", [(train_dvae, DVAE), (train_prior, Transformer)])
+def test_losses_that_are_no_numbers(script, model, run_dir, call, monkeypatch):
+    """At steps 3, 4 and 7, and from step 15 on. An update changes the weights or is skipped."""
+    bad, seen, loss_of = {3, 4, 7, *range(15, 200)}, [], model.loss
+
+    def loss(self, *batch):
+        seen.append(torch.cat([p.detach().flatten() for p in self.parameters()]))
+        loss, metrics = loss_of(self, *batch)
+        return (loss * torch.nan if len(seen) in bad else loss), metrics
+
+    monkeypatch.setattr(model, "loss", loss)
+    name = script.__name__
+    options = [*SCRIPTS[name], *soak.places(run_dir), "--steps", 200, "--workers", 0]
+    code, lines = call(script, *options)
+    assert code == 1 and len(seen) == 114
+    complaint = "losses or gradients have not been finite since step 15, for 100 updates in a row"
+    assert [complaint in line for line in lines] == [True]
+    same = {k for k in range(1, len(seen)) if torch.equal(seen[k - 1], seen[k])}
+    assert same == {k for k in bad if k < 114} and seen[-1].isfinite().all()
+    counts = {entry["step"]: entry.get("skipped_updates") for entry in log_of(run_dir)
+              if "loss" in entry and entry["stage"] == name.removeprefix("train_")}  # fmt: skip
+    assert counts[5] == 2 and counts[10] == 3 and counts[20] == 9
+    kept = checkpoint.load(run_dir / f"{name.removeprefix('train_')}.pt")
+    assert kept["step"] == 20 and all(value.isfinite().all() for value in kept["model"].values())
+
+
+# ---- files that are damaged or mean harm
+
+
+class Harm:
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return open, (str(self.flag), "w")
+
+
+def harmful(flag):
+    """The ways to write a file that creates another when it is read."""
+    config = {"config": vars(DVAEConfig()), "model": {}, "step": 1, "run": Harm(flag)}
+    return {
+        "archive": lambda path: torch.save(Harm(flag), path),
+        "within": lambda path: torch.save(config, path),
+        "legacy": lambda path: torch.save(config, path, _use_new_zipfile_serialization=False),
+        "pickle": lambda path: path.write_bytes(pickle.dumps(config)),
+    }
+
+
+@pytest.mark.parametrize("kind", harmful(None))
+def test_files_that_mean_harm(kind, run_dir, call, tmp_path):
+    """Refused with one line, whichever script reads them, and nothing runs."""
+    flag, evil = tmp_path / "ran", tmp_path / "evil.pt"
+    harmful(flag)[kind](evil)
+    with contextlib.suppress(RuntimeError):
+        torch.load(evil, weights_only=False)
+    flag.unlink()  # so harm it would do
+    there = ["--run-dir", run_dir, "--steps", 20]
+    for name, module, args in (
+        ("dvae.pt", train_prior, there),
+        ("dvae.pt", train_clip, there),
+        ("prior.pt", judge, there[:2]),
+        ("bpe.json", train_prior, there),
+        ("dvae_state.pt", train_dvae, [*SCRIPTS["train_dvae"], *there, "--resume"]),
+        ("prior_state.pt", train_prior, [*SCRIPTS["train_prior"], *there, "--resume"]),
+        ("clip_state.pt", train_clip, [*there, "--resume"]),
+        (None, train_dvae, ["--tiny", "--init-from", evil]),
+        (None, train_prior, ["--init-from", evil, *there]),
+        (None, train_clip, ["--init-from", evil, *there]),
+        (None, train_prior, ["--openai-dvae", evil, evil]),
+    ):
+        if name:
+            shutil.copy(run_dir / name, tmp_path / "good") if (run_dir / name).exists() else None
+            shutil.copy(evil, run_dir / name)
+        code, lines = call(module, *args)
+        assert code == 2 and len(lines) == 1, (name, lines)
+        assert (name or "evil.pt") in lines[0] and not flag.exists()
+        if name and (tmp_path / "good").exists():
+            shutil.move(tmp_path / "good", run_dir / name)
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    """One file of each kind, as small as it gets: {path: what reads it}."""
+    folder = tmp_path_factory.mktemp("small")
+    models = {
+        "dvae.pt": (DVAE(DVAEConfig(n_hid=4, n_init=4, n_groups=2, blocks_per_group=1,
+                                    vocab_size=8)), load_dvae),
+        "prior.pt": (Transformer(TransformerConfig(n_layer=2, n_head=1, d_head=8, text_vocab=9,
+                                                   text_len=4, image_vocab=8, grid=3)),
+                     load_transformer),
+        "clip.pt": (CLIP(CLIPConfig(image_size=8, patch=4, d_image=8, d_text=8, n_layer=1, d_head=4,
+                                    d_embed=8, text_vocab=9, text_len=4)), load_clip),
+    }  # fmt: skip
+    for name, (model, _) in models.items():
+        checkpoint.save(
+            folder / name, {"config": vars(model.config), "model": model.state_dict(), "step": 3}
+        )
+    state = {"config": {}, "run": {"lr": 1.0}, "step": 3, "model": torch.arange(99.0)}
+    checkpoint.save(folder / "dvae_state.pt", state)
+    return {folder / name: reads for name, (_, reads) in models.items()} | {
+        folder / "dvae_state.pt": lambda path: checkpoint.load(path)
+    }
+
+
+@pytest.mark.parametrize("name", ["dvae.pt", "prior.pt", "clip.pt", "dvae_state.pt"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(name, small_files, tmp_path):
+    """Anywhere, in the archive's own tables above all; and a file cut off anywhere."""
+    path, reads = next((path, reads) for path, reads in small_files.items() if path.name == name)
+    whole, rng, refused = path.read_bytes(), random.Random(5), 0
+
+    def content(file):
+        found = reads(file)
+        if isinstance(found, dict):
+            return str(found)
+        return str(found.config) + str([(k, v.tolist()) for k, v in found.state_dict().items()])
+
+    expected, copy = content(path), tmp_path / name
+    directory = whole.rindex(b"PK\5\6") - 3000
+    for k in range(200):
+        data = bytearray(whole)
+        if k >= 160:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(directory if k % 2 else 0, len(data))] ^= 1 << rng.randrange(8)
+        copy.write_bytes(data)
+        try:
+            assert content(copy) == expected
+        except ValueError as error:
+            refused += 1
+            assert name in str(error) and "\n" not in str(error)
+    assert refused > 100
+
+
+def test_a_flipped_bit_in_the_bpe(tmp_path):
+    whole, rng, refused = (SHIPPED / "bpe.json").read_bytes(), random.Random(6), 0
+    expected, copy = BPE.load(SHIPPED / "bpe.json").merges, tmp_path / "bpe.json"
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        copy.write_bytes(data)
+        try:
+            assert BPE.load(copy).merges == expected
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 250
+
+
+def test_states_half_removed(tmp_path):
+    """Killed while it put one state in the place of another: the new one counts."""
+    path, folder = tmp_path / "prior_state.pt", tmp_path / "prior_state"
+    about = {"config": {}, "run": {}, "step": 3}
+    checkpoint.save(path, about | {"model": {}})
+    folder.mkdir()
+    (folder / "about.json").write_text("{}")
+    os.utime(folder / "about.json", (1, 1))  # older, but the folder has just lost its shards
+    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    (folder / "about.json").unlink()
+    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    path.unlink()
+    with pytest.raises(ValueError, match="not the state of a run"):
+        checkpoint.find_state(path, {"steps": 9})
+    shutil.rmtree(folder)
+    assert checkpoint.find_state(path, {"steps": 9}) is None
+
+
+def test_another_model_is_refused(run_dir, call):
+    options = ["--run-dir", run_dir, "--steps", 20]
+    more = ["--resume", *SCRIPTS["train_prior"], "--n-layer", 3]
+    for args in (more, ["--init-from", run_dir / "prior.pt", "--n-layer", 3]):
+        code, lines = call(train_prior, *options, *args)
+        assert code == 2 and len(lines) == 1 and "n_layer 2 (expected 3)" in lines[0]
+
+
+# ---- anything at all
+
+
+@given(st.text(st.characters()))
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back(text):
+    bpe = BPE.load(SHIPPED / "bpe.json")
+    expected = text.lower().encode("utf-8", "replace").decode()
+    for dropout in (0, 0.5, 1):
+        ids = bpe.encode(text, dropout)
+        assert bpe.decode(ids) == expected
+    assert all(type(i) is int and 0 <= i < bpe.vocab_size for i in ids)
+
+
+ids = st.integers(-1, 300) | st.sampled_from([97, 98, 256, 257, True, 97.0, None, "a", 2**70])
+rows = st.lists(
+    st.tuples(ids, ids, st.sampled_from(["aa", "ab", "", 3])) | st.lists(ids), max_size=4
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+merges = st.builds(lambda rows: {"format": "byte-level BPE 1", "merges": rows}, rows | anything)
+
+
+@given(merges | anything)
+@settings(max_examples=200, deadline=None)
+def test_any_json_is_a_bpe_or_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_text(json.dumps(data))
+    try:
+        bpe = BPE.load(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert bpe.decode(bpe.encode("aab abba")) == "aab abba"
+
+
+class Begun(Exception):
+    """Where a script would begin to work."""
+
+
+VALUES = ["", " ", "x", "-", "--", "é", "0", "1", "-1", "2", "8", "3.5", "nan", "inf", "1e400",
+          "cpu", "cuda:7", "toy", "nowhere", "/dev/null", "fp32", "tiny", "paper"]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [train_dvae, train_prior, train_clip, judge])
+def test_any_command_line_is_read_or_refused(script, call, monkeypatch, capsys):
+    def begin(*_, **__):
+        raise Begun
+
+    for name in ("open_dataset", "train_judge"):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, begin)
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        script.main()
+    options = sorted(
+        {word.strip("[],") for word in capsys.readouterr().out.split() if "--" in word}
+    )
+    begun = set()
+
+    @given(st.lists(st.tuples(st.sampled_from(options), st.sampled_from(VALUES) | st.text("019.-"))
+                    | st.sampled_from([["--tiny"], ["--run-dir", str(SHIPPED)], ["--plan", "8"]]),
+                    max_size=4))  # fmt: skip
+    @settings(max_examples=60, deadline=None)
+    def read(pairs):
+        args = [word for pair in pairs for word in pair]
+        try:
+            code, lines = call(script, *args)
+        except Begun:
+            begun.add(True)
+            return
+        assert code == 2 and len(lines) == 1 or {"-h", "--help"} & set(args), (args, code, lines)
+
+    read()
+    assert begun and not list(Path.cwd().iterdir())
+
+
+def test_devices_that_are_not_there(call):
+    for device in ("cuda:777", "cpu:1", "cpu:99999999999", "cuda:-1", "meta"):
+        code, lines = call(train_dvae, "--tiny", "--device", device)
+        assert code == 2 and len(lines) == 1 and f"--device {device} is not there" in lines[0]
