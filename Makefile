@@ -1,17 +1,21 @@
 # make demo   a picture of "a red cube" from the shipped weights
 # make test   the test suite
+# make soak   kill the trainers again and again: they go on, to the same weights
 # make tiny   the whole pipeline on the toy world: dVAE, prior, judge, a picture
 PYTHON ?= python3
 RUN ?= runs/tiny
 BIN = .venv/bin
 
-.PHONY: demo test tiny lint
+.PHONY: demo test soak tiny lint
 
 demo: .venv/installed
 	$(BIN)/python sample.py "a red cube" --run-dir pretrained/tiny
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+soak: .venv/installed
+	$(BIN)/python tests/soak.py
 
 tiny: .venv/installed
 	$(BIN)/python train_dvae.py --tiny --run-dir $(RUN)

@@ -266,18 +266,21 @@ class BPE:
         rows = zip(self.merges, self.pieces[256:])
         lines = [json.dumps([*m, readable(p)], ensure_ascii=False) for m, p in rows]
         text = '{"format": "byte-level BPE 1", "merges": [\n' + ",\n".join(lines) + "\n]}\n"
-        unfinished = Path(f"{path}.{os.getpid()}.tmp")
+        unfinished = Path(f"{path}.tmp")
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            with open(unfinished, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":
-        """Read what save wrote; the texts in it are for people and are ignored.
+        """Read what save wrote; the texts in it, which are for people, must be those of the pieces.
 
-        ValueError, in one line: no JSON, another format, or merges that cannot be.
+        ValueError, in one line: no JSON, another format, merges that cannot be, or a damaged file.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -286,7 +289,11 @@ class BPE:
             rows = data.get("merges")
             if not isinstance(rows, list) or any(type(r) is not list or len(r) != 3 for r in rows):
                 raise ValueError('"merges" is not a list of [left id, right id, text]')
-            return cls((left, right) for left, right, _ in rows)
+            bpe = cls((left, right) for left, right, _ in rows)
+            for k, (row, piece) in enumerate(zip(rows, bpe.pieces[256:])):
+                if row[2] != readable(piece):
+                    raise ValueError(f"merge {k} does not make the text beside it")
+            return bpe
         except (ValueError, RecursionError) as error:
             hint = "expected a file written by BPE.save; train one with BPE.train(texts, size)"
             raise ValueError(f"{path} cannot be used: {error}; {hint}") from None

@@ -7,8 +7,10 @@ model is sharded it is a folder, NAME_state, to which every process writes its s
 (torch.distributed.checkpoint). Either can be resumed by any number of processes, sharded or not.
 """
 
+import io
 import json
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -20,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,10 +48,17 @@ def write(path: Path, put: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
-        raise OSError(f"{path} cannot be written ({reason})") from error
+        raise OSError(f"{path} cannot be written ({cause(error)})") from error
+
+
+def cause(error: BaseException) -> str:
+    """What the system said: torch.save turns its error into one of its own."""
+    last = str(error).split("\n")[0]
+    while error and not getattr(error, "errno", None):
+        error = error.__context__
+    return os.strerror(error.errno) if error else last
 
 
 def save(path: Path, state: dict) -> None:
@@ -86,7 +97,8 @@ def check_config(path: Path, found: dict, expected) -> None:
 
 
 def set_aside(run_dir: Path, *names: str) -> None:
-    """Keep what an earlier run left under these names, as NAME.old."""
+    """Keep what an earlier run left under these names, as NAME.old. Its state is to come first:
+    --resume must not find it where a new run was killed in here."""
     moved = [name for name in names if (run_dir / name).exists()]
     for name in moved:
         shutil.rmtree(run_dir / (name + ".old"), ignore_errors=True)
@@ -136,10 +148,18 @@ def save_state(path: Path, about: dict, tensors: dict, sharded: bool) -> None:
     if main:
         shutil.rmtree(new, ignore_errors=True)
     dist.barrier()
-    dcp.save(tensors, checkpoint_id=new)
+    try:
+        dcp.save(tensors, checkpoint_id=new)
+    except CheckpointException as error:  # on every rank, when one of them cannot write
+        if main:
+            shutil.rmtree(new, ignore_errors=True)
+        failure = next(iter(error.failures.values()))[0]
+        raise OSError(
+            f"{folder} cannot be written; is its disk full? ({cause(failure)})"
+        ) from error
     if main:
-        sums = {file.name: crc32(file) for file in sorted(new.glob("*.distcp"))}
-        text = json.dumps({"sums": sums, "about": about})
+        saved = {"sums": {file.name: crc32(file) for file in new.iterdir()}, "about": about}
+        text = json.dumps({"crc32": crc32_of(saved), "saved": saved})
         write(new / "about.json", lambda file: file.write(text.encode()))
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -150,6 +170,10 @@ def save_state(path: Path, about: dict, tensors: dict, sharded: bool) -> None:
     dist.barrier()
 
 
+def crc32_of(plain) -> int:
+    return zlib.crc32(json.dumps(plain).encode())
+
+
 def crc32(path: Path) -> int:
     total = 0
     with open(path, "rb") as file:
@@ -158,27 +182,68 @@ def crc32(path: Path) -> int:
     return total
 
 
+def written(path: Path) -> float:
+    """When a state was; not the time of a folder, which changes while it is removed."""
+    about = path / "about.json" if path.is_dir() else path
+    return about.stat().st_mtime if about.exists() else 0.0
+
+
+class Index(pickle.Unpickler):
+    """The index of a folder's shards is a pickle, which torch reads as it is: see first that it
+    names nothing but what an index is made of."""
+
+    def find_class(self, module: str, name: str):
+        known = {
+            "torch.distributed.checkpoint.metadata": (
+                "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+                "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            ),
+            "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            "torch.serialization": ("_get_layout",),
+            "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",),
+            "torch": ("Size", "float16", "float32", "float64", "bfloat16", "int32", "int64"),
+        }  # fmt: skip
+        if name not in known.get(module, ()):
+            raise ValueError(f"it holds {module}.{name}, which no index does")
+        return super().find_class(module, name)
+
+
+class PlainValues(DefaultLoadPlanner):
+    """Reads the shards; values that are no tensors must be plain data."""
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 def find_state(path: Path, run: dict, *keys: str) -> State | None:
     """The newest state at NAME_state.pt or NAME_state, None where there is none yet.
 
     Its `about` holds `keys`. ValueError where it is no state, damaged, or of a run that is done.
     """
     folder = path.with_suffix("")
-    folders = [folder, folder.with_name(folder.name + ".previous")]
-    found = [p for p in (path, *folders) if p.exists()]
+    if not folder.exists():  # killed between the two renames
+        folder = folder.with_name(folder.name + ".previous")
+    found = [p for p in (path, folder) if p.exists()]
     if not found:
         return None
-    newest = max(found, key=lambda p: p.stat().st_mtime)
+    newest = max(found, key=written)
     if newest == path:
         about, tensors = load(path), {}
         for name in ("model", "average", "optimizer", "errors"):
             tensors[name] = about.pop(name, None)
     else:
         try:
-            saved, tensors = json.loads((newest / "about.json").read_text()), None
-            about, sums = saved["about"], saved["sums"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{newest} is not the state of a run ({error})") from error
+            found, tensors = json.loads((newest / "about.json").read_text()), None
+            about, sums = found["saved"]["about"], found["saved"]["sums"]
+            if crc32_of(found["saved"]) != found["crc32"]:
+                raise ValueError("about.json is damaged")
+            with open(newest / ".metadata", "rb") as file:
+                Index(file).load()
+        except Exception as error:  # whatever a damaged or foreign file makes the readers raise
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{newest} is not the state of a run ({reason})") from error
         for name, total in sums.items():
             if not (newest / name).is_file() or crc32(newest / name) != total:
                 raise ValueError(f"{newest} is damaged: {name} is not as it was written")
@@ -202,7 +267,11 @@ def restore(
     tensors, options = state.tensors, StateDictOptions(full_state_dict=True)
     if tensors is None:
         tensors, options = tensors_of(model, average, optimizer, compressor), None
-        dcp.load(tensors, checkpoint_id=state.path)
+        try:
+            dcp.load(tensors, checkpoint_id=state.path, planner=PlainValues())
+        except CheckpointException as error:
+            reason = str(error).strip().split("\n")[-1]
+            raise ValueError(f"{state.path} cannot be read ({reason})") from error
     set_state_dict(
         model,
         optimizer,

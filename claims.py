@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clip import load_clip
 from curves import COLORS, Panel, Series, plot
-from data import COLORS as HUES
-from data import SHAPES, UNSEEN_PAIRS, toy_world
-from judge import right, single_objects, train_judge
+from judge import best_of, judge_candidates, prompts_of, right, train_judge
 from sample import SHIPPED, draws, encode_prompt, load_run
+from toy import COLORS as HUES
+from toy import SHAPES, UNSEEN_PAIRS, toy_world
 from training import fail, images_to
 from transformer import Transformer
 
@@ -180,9 +181,6 @@ def kl_weight() -> Outcome:
 def rerank() -> Outcome:
     """Of N candidates the one that a contrastive model likes best is kept; quality rises clearly
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
-    from clip import load_clip
-    from judge import best_of, judge_candidates
-
     prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
     run, clip, judge = load_run(SHIPPED, "cpu"), load_clip(SHIPPED / "clip.pt"), train_judge()
     shares = []
@@ -223,24 +221,20 @@ def unseen() -> Outcome:
     run, judge = load_run(SHIPPED, "cpu"), train_judge()
     bpe, dvae, prior = run
     grid, rows = prior.config.grid, []
-    for split in ("val", "unseen"):
-        source = single_objects(split, 0)
-        scenes = [next(source)[1] for _ in range(500)]
-        text = torch.stack([encode_prompt(scene.caption, bpe, prior) for scene in scenes])
+    for kind, split in (("seen pairs", "val"), ("unseen pairs", "unseen")):
+        captions, colors, shapes = prompts_of(split, 500)
+        text = torch.stack([encode_prompt(caption, bpe, prior) for caption in captions])
         tokens = prior.generate(text, uniforms=draws(0, range(len(text)), grid**2))
-        pairs = [(scene.things[0].color, scene.things[0].shape) for scene in scenes]
-        colors = torch.tensor([list(HUES).index(color) for color, _ in pairs])
-        shapes = torch.tensor([SHAPES.index(shape) for _, shape in pairs])
         with torch.inference_mode():
             images = dvae.decode(tokens.view(-1, grid, grid))
-        good = torch.stack(right(judge, images, colors, shapes)).all(0).tolist()
-        kinds = {"seen pairs" if split == "val" else "unseen pairs": good}
-        for pair in sorted(UNSEEN_PAIRS) if split == "unseen" else []:
-            kinds[" ".join(pair)] = [ok for ok, other in zip(good, pairs) if other == pair]
-        rows += [
-            [kind, 100 * mean(good), *wilson(sum(good), len(good)), len(good)]
-            for kind, good in kinds.items()
-        ]
+        good = torch.stack(right(judge, images, colors, shapes)).all(0)
+        parts = {kind: good}
+        for color, shape in sorted(UNSEEN_PAIRS) if split == "unseen" else []:
+            here = (colors == list(HUES).index(color)) & (shapes == SHAPES.index(shape))
+            parts[f"{color} {shape}"] = good[here]
+        for name, part in parts.items():
+            hits, n = int(part.sum()), len(part)
+            rows.append([name, 100 * hits / n, *wilson(hits, n), n])
     chance = 100 / (len(HUES) * len(SHAPES))
     verdict = (
         f"{'holds' if rows[1][2] > 10 * chance else 'does not hold'} here: {rows[1][1]:.0f}% of "

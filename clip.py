@@ -17,6 +17,7 @@ encoder that is read at its end does not need.
 import argparse
 import math
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +256,9 @@ def normalised(x: Tensor) -> Tensor:
 def load_clip(path: str | Path) -> CLIP:
     """The model of a clip.pt, on the CPU. ValueError where the file is something else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -388,7 +388,8 @@ def draw_curves(run_dirs: list[str | Path], out: str | Path) -> None:
                 for key, pale in ((main_field, False), (pale_field, True)):
                     if (stage, key) in log:
                         x, y = log[stage, key]
-                        series.append(Series("" if pale else name, x, y, color, pale=pale))
+                        label = "" if pale and (stage, main_field) in log else name
+                        series.append(Series(label, x, y, color, pale=pale))
             if log_y:
                 log_y = all(y > 0 for s in series for y in s.y)
             if any(math.isfinite(y) for s in series for y in s.y):

@@ -300,6 +300,9 @@ class DVAE(nn.Module):
 def load_dvae(path: str | Path) -> DVAE:
     """The model of a dvae.pt, on the CPU. ValueError where the file is something else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

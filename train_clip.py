@@ -171,56 +171,64 @@ def main() -> None:
         val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
         world.wait()  # until every rank has read what is now moved away
         if world.is_main and not state:
-            checkpoint.set_aside(run_dir, "clip.pt", "clip_state.pt")
+            checkpoint.set_aside(run_dir, "clip_state.pt", "clip.pt")
 
-    # ---- model and optimizer
-    interrupt = training.Interrupt(world)
-    model = model.to(world.device).train()
-    optimizer = torch.optim.AdamW(
-        decayed(model), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
-    start = 0
-    if state:
-        checkpoint.restore(state, model, None, optimizer)
-        for group in optimizer.param_groups:
-            group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps)
-        optimizer.param_groups[0]["weight_decay"] = hp.weight_decay
-        if state.about["scaler"]:
-            scaler.load_state_dict(state.about["scaler"])
-        start = state.about["step"]
-    loss_of = replicate(model, world.device)
+    with training.safely(world, micro_batch, "--batch-size"):
+        # ---- model and optimizer
+        interrupt = training.Interrupt(world)
+        model = model.to(world.device).train()
+        optimizer = torch.optim.AdamW(
+            decayed(model), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
+        )
+        scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
+        start = 0
+        if state:
+            checkpoint.restore(state, model, None, optimizer)
+            for group in optimizer.param_groups:
+                group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps)
+            optimizer.param_groups[0]["weight_decay"] = hp.weight_decay
+            if state.about["scaler"]:
+                scaler.load_state_dict(state.about["scaler"])
+            start = state.about["step"]
+        loss_of = replicate(model, world.device)
 
-    val_images, val_text = images_to(world.device, val_pixels), val_text.to(world.device)
-    shown = min(12, len(val_text))
-    shown_captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]]
-    log = training.Log(run_dir, "clip", start, world)
-    batches = training.micro_batches(
-        samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
-    )
-    n_params = sum(p.numel() for p in model.parameters())
-    announce(
-        world,
-        f"CLIP {preset}: {n_params:,} parameters, {config.n_layer} layers in each encoder, patches "
-        f"of {config.patch} × {config.patch} in {config.image_size} × {config.image_size} pixels; "
-        f"steps {start} to {hp.steps} of {hp.batch_size} pairs on {world.size} × "
-        f"{world.device.type}, {args.dtype}; into {run_dir}",
-    )
+        val_images, val_text = images_to(world.device, val_pixels), val_text.to(world.device)
+        shown = min(12, len(val_text))
+        shown_captions = [
+            bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]
+        ]
+        log = training.Log(run_dir, "clip", start, world)
+        batches = training.micro_batches(
+            samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
+        )
+        n_params = sum(p.numel() for p in model.parameters())
+        announce(
+            world,
+            f"CLIP {preset}: {n_params:,} parameters, {config.n_layer} layers in each encoder, "
+            f"patches of {config.patch} × {config.patch} in {config.image_size} × "
+            f"{config.image_size} pixels; "
+            f"steps {start} to {hp.steps} of {hp.batch_size} pairs on {world.size} × "
+            f"{world.device.type}, {args.dtype}; into {run_dir}",
+        )
 
-    about = {"config": asdict(config), "preset": preset, "data": spec}
+        about = {"config": asdict(config), "preset": preset, "data": spec}
 
-    def save(step: int) -> None:
-        if world.is_main:
-            weights = {"model": model.state_dict(), "step": step}
-            checkpoint.save(run_dir / "clip.pt", about | weights)
-        state = {"config": asdict(config), "run": run, "scaler": scaler.state_dict(), "step": step}
-        tensors = checkpoint.tensors_of(model, None, optimizer)
-        checkpoint.save_state(state_path, state, tensors, sharded=False)
+        def save(step: int) -> None:
+            if world.is_main:
+                weights = {"model": model.state_dict(), "step": step}
+                checkpoint.save(run_dir / "clip.pt", about | weights)
+            state = {
+                "config": asdict(config),
+                "run": run,
+                "scaler": scaler.state_dict(),
+                "step": step,
+            }
+            tensors = checkpoint.tensors_of(model, None, optimizer)
+            checkpoint.save_state(state_path, state, tensors, sharded=False)
 
-    # ---- the loop
-    progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
-    updates = training.Updates(world, args.dtype)
-    with training.safely(world, micro_batch):
+        # ---- the loop
+        progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
+        updates = training.Updates(world, args.dtype)
         for step in range(start, hp.steps):
             lr = cosine(step, hp.steps, hp.lr, 0) * min(1, (step + 1) / (hp.warmup_steps + 1))
             for group in optimizer.param_groups:

@@ -178,8 +178,8 @@ def main() -> None:
             if not state:
                 checkpoint.set_aside(
                     run_dir,
-                    "dvae.pt",
                     "dvae_state.pt",
+                    "dvae.pt",
                     "bpe.json",
                     "prior.pt",
                     "prior_state.pt",
@@ -187,62 +187,63 @@ def main() -> None:
                     "clip_state.pt",
                 )
 
-    # ---- model and optimizer
-    interrupt = training.Interrupt(world)
-    if not args.init_from:
-        torch.manual_seed(args.seed)
-        model = DVAE(config)
-    model = model.to(world.device, memory_format=torch.channels_last).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
-    )
-    # one scale for the whole loss, as in the paper; it does nothing but for fp16 (A.2)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
-    start = 0
-    if state:
-        checkpoint.restore(state, model, average, optimizer)
-        for group in optimizer.param_groups:
-            group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
-        if state.about["scaler"]:
-            scaler.load_state_dict(state.about["scaler"])
-        start = state.about["step"]
-    loss_of = replicate(model, world.device)
-    log = training.Log(run_dir, "dvae", start, world)
-    batches = training.micro_batches(
-        samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
-    )
-    accumulate = hp.batch_size // (micro_batch * world.size)
-    n_params = sum(p.numel() for p in model.parameters())
-    announce(
-        world,
-        f"dVAE {preset}: {n_params:,} parameters, {config.vocab_size} codes on a grid of "
-        f"{hp.image_size // config.factor} × {hp.image_size // config.factor}; data {train.name} "
-        f"({train.counts()}) "
-        f"at {hp.image_size} × {hp.image_size}; steps {start} to {hp.steps} of {hp.batch_size} "
-        f"images on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
-    )
-
-    about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": hp.image_size}
-
-    def save(step: int) -> None:
-        weights = {"model": average.module.state_dict(), "step": step}
-        if world.is_main:
-            checkpoint.save(run_dir / "dvae.pt", about | weights)
-        state = {
-            "config": asdict(config),
-            "run": run,
-            "n_averaged": int(average.n_averaged),
-            "scaler": scaler.state_dict(),
-            "step": step,
-        }
-        tensors = checkpoint.tensors_of(model, average, optimizer)
-        checkpoint.save_state(state_path, state, tensors, sharded=False)
-
-    # ---- the loop
-    progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
-    updates = training.Updates(world, args.dtype)
     with training.safely(world, micro_batch):
+        # ---- model and optimizer
+        interrupt = training.Interrupt(world)
+        if not args.init_from:
+            torch.manual_seed(args.seed)
+            model = DVAE(config)
+        model = model.to(world.device, memory_format=torch.channels_last).train()
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
+        )
+        # one scale for the whole loss, as in the paper; it does nothing but for fp16 (A.2)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
+        start = 0
+        if state:
+            checkpoint.restore(state, model, average, optimizer)
+            for group in optimizer.param_groups:
+                group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
+            if state.about["scaler"]:
+                scaler.load_state_dict(state.about["scaler"])
+            start = state.about["step"]
+        loss_of = replicate(model, world.device)
+        log = training.Log(run_dir, "dvae", start, world)
+        batches = training.micro_batches(
+            samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
+        )
+        accumulate = hp.batch_size // (micro_batch * world.size)
+        n_params = sum(p.numel() for p in model.parameters())
+        announce(
+            world,
+            f"dVAE {preset}: {n_params:,} parameters, {config.vocab_size} codes on a grid of "
+            f"{hp.image_size // config.factor} × {hp.image_size // config.factor}; data "
+            f"{train.name} ({train.counts()}) at {hp.image_size} × {hp.image_size}; "
+            f"steps {start} to {hp.steps} of {hp.batch_size} "
+            f"images on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
+        )
+
+        about = {"config": asdict(config), "preset": preset, "data": spec}
+        about["image_size"] = hp.image_size
+
+        def save(step: int) -> None:
+            weights = {"model": average.module.state_dict(), "step": step}
+            if world.is_main:
+                checkpoint.save(run_dir / "dvae.pt", about | weights)
+            state = {
+                "config": asdict(config),
+                "run": run,
+                "n_averaged": int(average.n_averaged),
+                "scaler": scaler.state_dict(),
+                "step": step,
+            }
+            tensors = checkpoint.tensors_of(model, average, optimizer)
+            checkpoint.save_state(state_path, state, tensors, sharded=False)
+
+        # ---- the loop
+        progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
+        updates = training.Updates(world, args.dtype)
         for step in range(start, hp.steps):
             lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))

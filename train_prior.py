@@ -244,7 +244,7 @@ def main() -> None:
         const=0,
         metavar="GPUS",
         help="shard the model among the GPUs of a machine (2.5), or among this many",
-    )  # noqa
+    )
     parser.add_argument(
         "--powersgd-rank",
         type=int,
@@ -333,101 +333,106 @@ def main() -> None:
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not state:
-                checkpoint.set_aside(run_dir, "prior.pt", "prior_state.pt", "prior_state")
+                checkpoint.set_aside(run_dir, "prior_state.pt", "prior_state", "prior.pt")
             if args.openai_dvae and not state:
-                checkpoint.set_aside(run_dir, "dvae.pt", "dvae_state.pt")
+                checkpoint.set_aside(run_dir, "dvae_state.pt", "dvae.pt")
                 checkpoint.save(run_dir / "dvae.pt", about)
             bpe.save(run_dir / "bpe.json")
 
-    # ---- model and optimizer
-    interrupt = training.Interrupt(world)
-    if not args.init_from:
-        torch.manual_seed(args.seed)
-        model = Transformer(config)
-    if mesh:
-        weights = model.state_dict() if world.is_main else {}
-        with torch.device("meta"):
-            model = Transformer(config)
-    model = model.to("meta" if mesh else world.device).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
-    if mesh:  # (2.5)
-        among = mesh["gpu"] if args.powersgd_rank else mesh
-        for sharded in (model, average.module):
-            shard(sharded, among, world.device)
-            fill(sharded, weights)
-    scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
-    if args.checkpoint_activations:
-        checkpoint_activations(model.blocks)
-    compressor = None
-    if args.powersgd_rank:  # (E)
-        compressor = powersgd(model, args.powersgd_rank, mesh, args.seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
-    )
-    plateau = halving(optimizer, hp)
-    start, window = 0, torch.zeros(2, device=world.device)  # the sum of the losses, and how many
-    if state:
-        checkpoint.restore(state, model, average, optimizer, compressor)
-        plateau.load_state_dict(state.about["plateau"])
-        for group in optimizer.param_groups:
-            group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
-            group["lr"] *= hp.lr / state.about["run"]["lr"]
-        if scales and state.about["scales"]:
-            scales.load_state_dict(state.about["scales"])
-        start = state.about["step"]
-        window += torch.tensor(state.about["window"], device=world.device)
-    loss_of = Loss(model) if mesh else replicate(model, world.device)
-
-    @torch.no_grad()
-    def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
-        return dvae.encode(images_to(world.device, pixels)).flatten(1)
-
-    val_text = val_text.to(world.device)
-    chunks = val_pixels.split(micro_batch)
-    val_image = torch.cat([tokens_of(chunk) for chunk in chunks])
-    distortion = sum(len(c) * dvae.distortion(images_to(world.device, c)).item() for c in chunks)
-    distortion /= len(val_pixels)
-    shown = min(16, len(val_text))
-    shown_captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]]
-    log = training.Log(run_dir, "prior", start, world)
-    batches = training.micro_batches(
-        samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
-    )
-    accumulate = hp.batch_size // (micro_batch * world.size)
-    positions = config.text_len + grid**2
-    n_params = sum(p.numel() for p in model.parameters())
-    announce(
-        world,
-        f"prior {preset}: {n_params:,} parameters, {config.n_layer} layers, d = {config.d_model}, "
-        f"{config.text_len} text and {grid} × {grid} image tokens, {bpe.vocab_size} pieces of "
-        f"text; steps {start} to {hp.steps} of {hp.batch_size} samples on {world.size} × "
-        f"{world.device.type}, {args.dtype}; into {run_dir}",
-    )
-
-    about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
-    about["caption_dropout"] = hp.caption_dropout
-
-    def save(step: int) -> None:
-        weights = checkpoint.whole(average.module) if mesh else average.module.state_dict()
-        if world.is_main:
-            checkpoint.save(run_dir / "prior.pt", about | {"model": weights, "step": step})
-        state = {
-            "config": asdict(config),
-            "run": run,
-            "n_averaged": int(average.n_averaged),
-            "plateau": plateau.state_dict(),
-            "window": window.tolist(),
-            "scales": scales and scales.state_dict(),
-            "errors": compressor is not None,
-            "step": step,
-        }
-        tensors = checkpoint.tensors_of(model, average, optimizer, compressor)
-        checkpoint.save_state(state_path, state, tensors, sharded=mesh is not None)
-
-    # ---- the loop
-    progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
-    updates = training.Updates(world, args.dtype)
     with training.safely(world, micro_batch):
+        # ---- model and optimizer
+        interrupt = training.Interrupt(world)
+        if not args.init_from and (world.is_main or not mesh):
+            torch.manual_seed(args.seed)
+            model = Transformer(config)
+        if mesh:  # rank 0's host alone holds the whole
+            weights = model.state_dict() if world.is_main else {}
+            with torch.device("meta"):
+                model = Transformer(config)
+        model = model.to("meta" if mesh else world.device).train()
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
+        if mesh:  # (2.5)
+            among = mesh["gpu"] if args.powersgd_rank else mesh
+            for sharded in (model, average.module):
+                shard(sharded, among, world.device)
+                fill(sharded, weights)
+        scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
+        if args.checkpoint_activations:
+            checkpoint_activations(model.blocks)
+        compressor = None
+        if args.powersgd_rank:  # (E)
+            compressor = powersgd(model, args.powersgd_rank, mesh, args.seed)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
+        )
+        plateau = halving(optimizer, hp)
+        start = 0
+        window = torch.zeros(2, device=world.device)  # the sum of the losses, and how many
+        if state:
+            checkpoint.restore(state, model, average, optimizer, compressor)
+            plateau.load_state_dict(state.about["plateau"])
+            for group in optimizer.param_groups:
+                group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
+                group["lr"] *= hp.lr / state.about["run"]["lr"]
+            if scales and state.about["scales"]:
+                scales.load_state_dict(state.about["scales"])
+            start = state.about["step"]
+            window += torch.tensor(state.about["window"], device=world.device)
+        loss_of = Loss(model) if mesh else replicate(model, world.device)
+
+        @torch.no_grad()
+        def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
+            return dvae.encode(images_to(world.device, pixels)).flatten(1)
+
+        val_text = val_text.to(world.device)
+        chunks = val_pixels.split(micro_batch)
+        val_image = torch.cat([tokens_of(chunk) for chunk in chunks])
+        distortion = sum(
+            len(c) * dvae.distortion(images_to(world.device, c)).item() for c in chunks
+        )
+        distortion /= len(val_pixels)
+        shown = min(16, len(val_text))
+        shown_captions = [
+            bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]
+        ]
+        log = training.Log(run_dir, "prior", start, world)
+        batches = training.micro_batches(
+            samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
+        )
+        accumulate = hp.batch_size // (micro_batch * world.size)
+        positions = config.text_len + grid**2
+        n_params = sum(p.numel() for p in model.parameters())
+        announce(
+            world,
+            f"prior {preset}: {n_params:,} parameters, {config.n_layer} layers, "
+            f"d = {config.d_model}, {config.text_len} text and {grid} × {grid} image tokens, "
+            f"{bpe.vocab_size} pieces of text; steps {start} to {hp.steps} of {hp.batch_size} "
+            f"samples on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
+        )
+
+        about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
+        about["caption_dropout"] = hp.caption_dropout
+
+        def save(step: int) -> None:
+            weights = checkpoint.whole(average.module) if mesh else average.module.state_dict()
+            if world.is_main:
+                checkpoint.save(run_dir / "prior.pt", about | {"model": weights, "step": step})
+            state = {
+                "config": asdict(config),
+                "run": run,
+                "n_averaged": int(average.n_averaged),
+                "plateau": plateau.state_dict(),
+                "window": window.tolist(),
+                "scales": scales and scales.state_dict(),
+                "errors": compressor is not None,
+                "step": step,
+            }
+            tensors = checkpoint.tensors_of(model, average, optimizer, compressor)
+            checkpoint.save_state(state_path, state, tensors, sharded=mesh is not None)
+
+        # ---- the loop
+        progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
+        updates = training.Updates(world, args.dtype)
         for step in range(start, hp.steps):
             if step < hp.warmup_steps:
                 for group in optimizer.param_groups:
@@ -501,7 +506,7 @@ def main() -> None:
     if world.is_main:
         print(
             f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
-            f"on held-out pictures; see {run_dir}/samples.png\n"
+            f"on held-out pictures; see {run_dir}/{'curves' if mesh else 'samples'}.png\n"
             f'next: python sample.py "a red cube" --run-dir {run_dir}'
         )
     training.shut_down(world)

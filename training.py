@@ -48,7 +48,7 @@ def fail(message: str, code: int = 2, alone: bool = False) -> None:
     """End with one line on standard error. Under torchrun each machine's first rank speaks, unless
     the trouble is this process's alone."""
     if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser, presets: dict, *configs: type
         metavar="SPEC",
         help="toy (default), a folder of images, "
         "a table (.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'",
-    )  # noqa
+    )
     parser.add_argument("--filters", action="store_true", help="drop what the paper drops (C)")
     parser.add_argument("--val", metavar="SPEC", help="default: a fixed share is held out")
     parser.add_argument("--run-dir", metavar="DIR", type=Path)
@@ -187,7 +187,9 @@ def pick_device(name: str | None) -> torch.device:
     if torch.cuda.is_available():
         there.insert(0, "cuda")
     name = name or there[0]
-    if not re.fullmatch(rf"({'|'.join(there)})(:\d+)?", name):
+    known = re.fullmatch(rf"({'|'.join(there)})(:\d{{1,3}})?", name)
+    count = torch.cuda.device_count() if name.startswith("cuda") else 1
+    if not known or int((known[2] or ":0")[1:]) >= count:
         raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
     return torch.device(name)
 
@@ -198,7 +200,7 @@ def launch(device_name: str | None) -> World:
     if "RANK" not in os.environ:
         return World(0, 1, device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -206,9 +208,12 @@ def launch(device_name: str | None) -> World:
 
 
 @contextmanager
-def safely(world: World, micro_batch: int):
-    """Around a run: out of memory, a full disk or data without a readable sample end it with one
-    line and exit code 1; what was saved before stays."""
+def safely(world: World, micro_batch: int, option: str = "--micro-batch"):
+    """Around a run: out of memory, a full disk, data without a readable sample or the loss of
+    another rank end it with one line and exit code 1; what was saved before stays.
+
+    option: what makes a pass smaller, --micro-batch or --batch-size.
+    """
     try:
         yield
         return
@@ -221,10 +226,16 @@ def safely(world: World, micro_batch: int):
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[-1]  # of the traceback a loading process sends
         fail(f"{reason}; what was saved before is kept", 1, alone=True)
+    remedy = "a smaller model"
+    if micro_batch > 1:
+        part = next(micro_batch // k for k in range(2, micro_batch + 1) if micro_batch % k == 0)
+        remedy = f"--batch-size {part * world.size}"
+        if option == "--micro-batch":
+            remedy = f"--micro-batch {part}, the same batch in more passes"
+    reason = str(trouble).splitlines()[:1] or ["no memory is left"]
     fail(
-        f"out of memory on {world.device} with {micro_batch} samples at once: try --micro-batch "
-        f"{max(1, micro_batch // 2)}, which makes the same updates; what was saved before is kept "
-        f"({str(trouble).splitlines()[0]})",
+        f"out of memory on {world.device} with {micro_batch} samples at once: try {remedy}; what "
+        f"was saved before is kept ({reason[0]})",
         1,
         alone=True,
     )
@@ -272,7 +283,7 @@ class Updates:
             )
 
     def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
-        """Whether the weights are good on every rank: others must not replace those saved before."""
+        """Whether the weights are good on every rank: bad ones must not replace good ones."""
         good = self.in_a_row <= self.most // 10
         good &= all(bool(local(p).isfinite().all()) for p in model.parameters())
         good = not self.world.max(int(not good))
@@ -467,13 +478,20 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
 # ----------------------------------------------------------------------------- the log
 
 
+given_up: set[Path] = set()  # what has failed once and been said
+
+
 @contextmanager
 def going_on(path: Path):
-    """Around the writing of what a run can do without: a failure is said, and training goes on."""
+    """Around the writing of what a run can do without: a failure is said, once for each file, and
+    training goes on."""
     try:
         yield
     except (OSError, ValueError) as error:
-        print(f"warning: {path} cannot be written ({error}); going on without", file=sys.stderr)
+        if path not in given_up:
+            message = f"warning: {path} cannot be written; going on without ({error})"
+            tqdm.write(message, file=sys.stderr)
+        given_up.add(path)
 
 
 class Log:
@@ -499,9 +517,12 @@ class Log:
         if self.is_main:
             seconds = round(time.time() - self.begin, 1)
             entry = {"stage": self.stage, "step": step, "seconds": seconds, **values}
-            with going_on(self.path):
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
+            line = json.dumps(entry).encode() + b"\n"
+            with going_on(self.path), open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(size)  # half a line would spoil the next one
+                    raise OSError("no room is left")
 
     def draw(self) -> None:
         """curves.png, of all that the run's stages have logged."""
@@ -594,9 +615,10 @@ class Progress:
             seen = [None] * self.world.size
             dist.all_gather_object(seen, (self.skipped, self.cut))
         skipped, cut = set().union(*(names for names, _ in seen)), sum(count for _, count in seen)
-        kinds = Counter(": ".join(message.split(": ")[:-1]) for message in skipped)
+        # `unreadable: …` or `filtered: reason: …`, as the sources say it
+        kinds = Counter(re.match(r"filtered: [^:]*|[^:]*", message)[0] for message in skipped)
         for kind, count in kinds.most_common():
-            announce(self.world, f"{count} samples were skipped: {kind}")
+            announce(self.world, f"{count} skipped, {kind}")
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
 

@@ -24,6 +24,7 @@ import argparse
 import itertools
 import math
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -519,6 +520,9 @@ class Transformer(nn.Module):
 def load_transformer(path: str | Path) -> Transformer:
     """The model of a prior.pt, on the CPU. ValueError where the file is something else."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

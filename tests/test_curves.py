@@ -130,7 +130,7 @@ def test_a_panel_for_each_quantity_that_a_run_has(monkeypatch, tmp_path):
     alone = titles(monkeypatch, [a], tmp_path)
     assert {title.split(":")[0] for title in alone} == {"dVAE"} and len(alone) == 5
     psnr = alone["dVAE: PSNR"].series[0]
-    assert (psnr.x, psnr.y) == ([50, 100], [20.0, 21.0])
+    assert (psnr.name, psnr.x, psnr.y) == ("a", [50, 100], [20.0, 21.0])
     both = titles(monkeypatch, [a, b], tmp_path)
     assert len(both) == 5 + 3 + 1
     assert [s.name for s in both["dVAE: loss"].series] == ["a", "b"]

@@ -142,6 +142,7 @@ def test_torchrun_gives_the_same_losses(tiny_run, tmp_path):
         for name in ("dvae.pt", "bpe.json"):
             (run_dir / name).write_bytes((tiny_run / name).read_bytes())
         options = ["--steps", 6, "--warmup-steps", 6, "--log-every", 1, "--batch-size", 8]
+        options += ["--micro-batch", 2]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         run(*launcher, "train_prior.py", "--run-dir", run_dir, *options, env=one_thread)
         losses.append([e["loss"] for e in log_of(run_dir, "prior") if "loss" in e])
