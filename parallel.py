@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from powersgd import local
+
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
@@ -106,3 +108,11 @@ def clip_gradients(model: nn.Module, most: float) -> Tensor:
     """Scale the gradients to a norm of at most `most`; the norm before, over all shards."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether the parameters are finite, on every rank. For all ranks to call."""
+    finite = torch.stack([local(p).isfinite().all() for p in model.parameters()]).all().int()
+    if dist.is_initialized():
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)

@@ -21,11 +21,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 import checkpoint
+import run_state
 import training
 from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, load_clip, pad_text
 from data import open_dataset, preprocess_prior
-from parallel import clip_gradients, replicate
+from parallel import all_finite, clip_gradients, replicate
 from training import announce, cosine, images_to
 
 
@@ -158,7 +159,7 @@ def main() -> None:
         )
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state_path = run_dir / "clip_state.pt"
-        state = training.to_resume(state_path, run, config, args.resume, world, "scaler")
+        state = run_state.to_resume(state_path, run, config, args.resume, world, "scaler")
         if args.init_from:
             model = load_clip(args.init_from)
             checkpoint.check_config(args.init_from, asdict(model.config), config)
@@ -183,7 +184,7 @@ def main() -> None:
         scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
         start = 0
         if state:
-            checkpoint.restore(state, model, None, optimizer)
+            run_state.restore(state, model, None, optimizer)
             for group in optimizer.param_groups:
                 group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps)
             optimizer.param_groups[0]["weight_decay"] = hp.weight_decay
@@ -223,8 +224,8 @@ def main() -> None:
                 "scaler": scaler.state_dict(),
                 "step": step,
             }
-            tensors = checkpoint.tensors_of(model, None, optimizer)
-            checkpoint.save_state(state_path, state, tensors, sharded=False)
+            tensors = run_state.tensors_of(model, None, optimizer)
+            run_state.save_state(state_path, state, tensors, sharded=False)
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
@@ -257,7 +258,7 @@ def main() -> None:
             if done % hp.log_every == 0 or save_now:
                 values = progress.take() | updates.take()
                 log.write(done, **values, lr=lr)
-            if save_now and updates.may_save(model, done, hp.steps):
+            if save_now and updates.may_save(all_finite(model), done, hp.steps):
                 with progress.paused():
                     save(done)
                     if world.is_main and not stop:

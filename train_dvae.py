@@ -20,10 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
 import plan
+import run_state
 import training
 from data import open_dataset, preprocess_dvae, sheet
 from dvae import DVAE, DVAEConfig, load_dvae
-from parallel import averaging, clip_gradients, replicate
+from parallel import all_finite, averaging, clip_gradients, replicate
 from training import announce, cosine, images_to
 
 
@@ -166,7 +167,7 @@ def main() -> None:
         run_dir = args.run_dir or Path("runs") / preset
         state_path = run_dir / "dvae_state.pt"
         run = {**asdict(hp), "data": spec, "seed": args.seed}
-        state = training.to_resume(
+        state = run_state.to_resume(
             state_path, run, config, args.resume, world, "n_averaged", "scaler"
         )
         if args.init_from:
@@ -202,7 +203,7 @@ def main() -> None:
         scaler = torch.amp.GradScaler(world.device.type, enabled=args.dtype == "fp16")
         start = 0
         if state:
-            checkpoint.restore(state, model, average, optimizer)
+            run_state.restore(state, model, average, optimizer)
             for group in optimizer.param_groups:
                 group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
             if state.about["scaler"]:
@@ -238,8 +239,8 @@ def main() -> None:
                 "scaler": scaler.state_dict(),
                 "step": step,
             }
-            tensors = checkpoint.tensors_of(model, average, optimizer)
-            checkpoint.save_state(state_path, state, tensors, sharded=False)
+            tensors = run_state.tensors_of(model, average, optimizer)
+            run_state.save_state(state_path, state, tensors, sharded=False)
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
@@ -279,7 +280,7 @@ def main() -> None:
             if done % hp.log_every == 0 or save_now:
                 values = progress.take() | updates.take()
                 log.write(done, **values, lr=lr, kl_weight=kl_weight, tau=tau)
-            if save_now and updates.may_save(model, done, hp.steps):
+            if save_now and updates.may_save(all_finite(model), done, hp.steps):
                 with progress.paused():
                     save(done)
                     if world.is_main and not stop:

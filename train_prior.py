@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import checkpoint
 import plan
+import run_state
 import train_dvae
 import training
 from bpe import BPE
@@ -33,6 +34,7 @@ from data import ToyWorld, open_dataset, preprocess_prior, sheet
 from dvae import DVAE, DVAEConfig, load_dvae, load_openai
 from parallel import (
     Loss,
+    all_finite,
     averaging,
     checkpoint_activations,
     clip_gradients,
@@ -310,7 +312,7 @@ def main() -> None:
         config = replace(config, text_vocab=bpe.vocab_size)
         run = {**asdict(hp), "data": spec, "seed": args.seed}
         state_path = run_dir / "prior_state.pt"
-        state = training.to_resume(
+        state = run_state.to_resume(
             state_path, run, config, args.resume, world, "n_averaged", "plateau", "window", "scales"
         )
         if args.init_from:
@@ -369,7 +371,7 @@ def main() -> None:
         start = 0
         window = torch.zeros(2, device=world.device)  # the sum of the losses, and how many
         if state:
-            checkpoint.restore(state, model, average, optimizer, compressor)
+            run_state.restore(state, model, average, optimizer, compressor)
             plateau.load_state_dict(state.about["plateau"])
             for group in optimizer.param_groups:
                 group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
@@ -414,7 +416,7 @@ def main() -> None:
         about["caption_dropout"] = hp.caption_dropout
 
         def save(step: int) -> None:
-            weights = checkpoint.whole(average.module) if mesh else average.module.state_dict()
+            weights = run_state.whole(average.module) if mesh else average.module.state_dict()
             if world.is_main:
                 checkpoint.save(run_dir / "prior.pt", about | {"model": weights, "step": step})
             state = {
@@ -427,8 +429,8 @@ def main() -> None:
                 "errors": compressor is not None,
                 "step": step,
             }
-            tensors = checkpoint.tensors_of(model, average, optimizer, compressor)
-            checkpoint.save_state(state_path, state, tensors, sharded=mesh is not None)
+            tensors = run_state.tensors_of(model, average, optimizer, compressor)
+            run_state.save_state(state_path, state, tensors, sharded=mesh is not None)
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
@@ -477,7 +479,7 @@ def main() -> None:
                 if scales:
                     values["log2_scales"] = scales.scales.log2().tolist()
                 log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-            if save_now and updates.may_save(model, done, hp.steps):
+            if save_now and updates.may_save(all_finite(model), done, hp.steps):
                 with progress.paused():
                     save(done)
                     if not stop:

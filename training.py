@@ -33,13 +33,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
 from curves import draw_curves
-from powersgd import local
 
 # ----------------------------------------------------------------------------- the door
 
@@ -241,26 +240,6 @@ def safely(world: World, micro_batch: int, option: str = "--micro-batch"):
     )
 
 
-def to_resume(
-    path: Path, run: dict, config, wanted: bool, world: World, *keys: str
-) -> checkpoint.State | None:
-    """The state to go on from, if that is wanted and there is one; it is a run of `config`.
-
-    `run` holds the settings of this run; where they differ from those of the state, it is said.
-    """
-    state = checkpoint.find_state(path, run, *keys) if wanted else None
-    if state is None:
-        if wanted:
-            announce(world, f"nothing to resume: {path} does not exist yet; starting afresh")
-        return None
-    checkpoint.check_config(state.path, state.about["config"], config)
-    for name, value in run.items():
-        if value != state.about["run"].get(name):
-            was = state.about["run"].get(name)
-            announce(world, f"resuming with {name} {value}; it was {was}")
-    return state
-
-
 class Updates:
     """Counts the updates that were skipped because a loss or gradient was not finite, and ends
     the run after too many in a row."""
@@ -282,11 +261,10 @@ class Updates:
                 1,
             )
 
-    def may_save(self, model: nn.Module, done: int, steps: int) -> bool:
-        """Whether the weights are good on every rank: bad ones must not replace good ones."""
-        good = self.in_a_row <= self.most // 10
-        good &= all(bool(local(p).isfinite().all()) for p in model.parameters())
-        good = not self.world.max(int(not good))
+    def may_save(self, finite: bool, done: int, steps: int) -> bool:
+        """Whether the weights are good: finite ones, the same answer on every rank. Bad ones must
+        not replace good ones."""
+        good = finite and self.in_a_row <= self.most // 10
         if not good and done == steps:
             fail(
                 f"the weights or the last {self.in_a_row} losses are not finite; the last good "

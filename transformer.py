@@ -105,7 +105,6 @@ def attention_mask(kind: str, text_len: int, grid: int, kernel: int = 11) -> Ten
 
 # A cached function and not buffers: a model built on `meta` has no masks to fill in afterwards.
 @lru_cache
-@torch.compiler.assume_constant_result
 @torch.inference_mode(False)
 def attention_blocks(
     kind: str, text_len: int, grid: int, kernel: int, rows: int, device: torch.device
