@@ -1,7 +1,8 @@
 # make demo   a picture of "a red cube" from the shipped weights
 # make test   the test suite
 # make soak   kill the trainers again and again: they go on, to the same weights
-# make tiny   the whole pipeline on the toy world: dVAE, prior, judge, a picture
+# make lint   ruff: rules and format
+# make tiny   the whole pipeline on the toy world: dVAE, prior, reranker, judge, a picture
 PYTHON ?= python3
 RUN ?= runs/tiny
 BIN = .venv/bin
@@ -20,7 +21,8 @@ soak: .venv/installed
 tiny: .venv/installed
 	$(BIN)/python train_dvae.py --tiny --run-dir $(RUN)
 	$(BIN)/python train_prior.py --tiny --run-dir $(RUN)
-	$(BIN)/python judge.py --run-dir $(RUN)
+	$(BIN)/python train_clip.py --tiny --run-dir $(RUN)
+	$(BIN)/python judge.py --run-dir $(RUN) --candidates 32 -o $(RUN)/rerank.png
 	$(BIN)/python sample.py "a red cube" --run-dir $(RUN) -o $(RUN)/red_cube.png
 
 lint: .venv/installed
