@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import judge
+import run_state
 import train_clip
 import train_dvae
 import train_prior
@@ -454,14 +455,14 @@ def test_states_half_removed(tmp_path):
     folder.mkdir()
     (folder / "about.json").write_text("{}")
     os.utime(folder / "about.json", (1, 1))  # older, but the folder has just lost its shards
-    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    assert run_state.find_state(path, {"steps": 9}).path == path
     (folder / "about.json").unlink()
-    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    assert run_state.find_state(path, {"steps": 9}).path == path
     path.unlink()
     with pytest.raises(ValueError, match="not the state of a run"):
-        checkpoint.find_state(path, {"steps": 9})
+        run_state.find_state(path, {"steps": 9})
     shutil.rmtree(folder)
-    assert checkpoint.find_state(path, {"steps": 9}) is None
+    assert run_state.find_state(path, {"steps": 9}) is None
 
 
 def test_another_model_is_refused(run_dir, call):
