@@ -158,15 +158,16 @@ def test_listing_2():
 
 
 class Recorder(random.Random):
-    """Draws as ever, and keeps the least and the largest number that each draw could give."""
+    """Keeps the least and the largest number that each draw could give, and the one it gave."""
 
     def __init__(self, seed):
         super().__init__(seed)
-        self.bounds = []
+        self.bounds, self.drawn = [], []
 
     def randint(self, a, b):
         self.bounds.append((a, b))
-        return a + int((b - a + 1) * self.random())
+        self.drawn.append(a + int((b - a + 1) * self.random()))
+        return self.drawn[-1]
 
     def randrange(self, start, stop):
         return self.randint(start, stop - 1)
@@ -191,13 +192,13 @@ def test_bounds_of_the_listings(shape, size, t_dvae, t_prior):
         preprocess_dvae(Image.new("RGB", shape), size, rng)
         *square, t, x, y = rng.bounds
         assert square == [(0, shape[0] - short), (0, shape[1] - short)] and t == t_dvae
-        assert x == y and x[0] == 0 and 0 <= x[1] <= t[1] - size
+        assert x == y == (0, rng.drawn[2] - size)
         rng = Recorder(seed)
         preprocess_prior(Image.new("RGB", shape), size, rng)
         offset, t, x, y = rng.bounds
         first = 3 * slack // 8
         assert offset == (first, max(first, 5 * slack // 8 - 1)) and t == t_prior
-        assert x == y and x[0] == 0 and 0 <= x[1] <= t[1] - size
+        assert x == y == (0, rng.drawn[1] - size)
 
 
 @pytest.mark.parametrize("preprocess", [preprocess_dvae, preprocess_prior])
