@@ -34,6 +34,8 @@ MAX_BYTES = 2**26  # of all pieces together; real ones need 8 bytes each, a host
 
 def words(text: str) -> list[str]:
     """Lowercase and cut: "A red cube!" -> ["a", " red", " cube", "!"]; no character is lost."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, a str; got {type(text).__name__}")
     return WORDS.findall(text.lower())
 
 
@@ -174,8 +176,9 @@ class BPE:
 
         dropout: probability p in [0, 1], else ValueError. Our reading (B.2): at every step each
         applicable merge occurrence is dropped with probability p, drawn anew; the best-ranked
-        survivor (the leftmost of equals) is applied; a word ends when nothing survives. 0 is
-        plain BPE, 1 gives the bytes. rng: where the draws come from, Python's own by default.
+        survivor (the leftmost of equals) is applied; a word ends when nothing survives. Read so,
+        the exact probability of every spelling can be enumerated. 0 is plain BPE, 1 gives the
+        bytes. rng: where the draws come from, Python's own by default.
 
         Draws matter only down to the first survivor, so candidates are drawn best first, one after
         the other, and "how many are kept before the next is dropped" is a single geometric
@@ -204,8 +207,8 @@ class BPE:
         """Text of ids in 0..vocab_size - 1, else ValueError. Broken UTF-8 is shown as U+FFFD."""
         ids = list(ids)
         for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+            if not (hasattr(i, "__index__") and 0 <= i < self.vocab_size):
+                raise ValueError(f"id {i!r} is outside the vocabulary, 0 to {self.vocab_size - 1}")
         return b"".join([self.pieces[i] for i in ids]).decode("utf-8", errors="replace")
 
     def _encode_plain(self, word: str) -> tuple[list[int], int]:

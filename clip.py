@@ -64,13 +64,17 @@ class CLIPConfig:
 
 def pad_text(ids: Sequence[int] | Tensor, text_len: int, text_vocab: int) -> Tensor:
     """A caption's ids, at most text_len - 1 of them, then the end of text, id text_vocab, at each
-    position left: long [text_len].
+    position left: long [text_len]. A longer caption is cut. ValueError for unknown ids.
 
     >>> pad_text([5, 7], text_len=5, text_vocab=100).tolist()
     [5, 7, 100, 100, 100]
     """
     text = torch.full((text_len,), text_vocab)
-    ids = torch.as_tensor(ids, dtype=torch.long)[: text_len - 1]
+    ids = torch.as_tensor(ids)
+    ids = ids if ids.numel() else ids.long()
+    if ids.ndim != 1 or ids.dtype != torch.long or ((ids < 0) | (ids >= text_vocab)).any():
+        raise ValueError(f"expected a list of ids from 0 to {text_vocab - 1}, got {ids.tolist()}")
+    ids = ids[: text_len - 1]
     text[: len(ids)] = ids
     return text
 
@@ -202,18 +206,23 @@ class CLIP(nn.Module):
         return pad_text(ids, self.config.text_len, self.config.text_vocab)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images, float [B, 3, H, W] in [0, 1], resized where H, W are not image_size, to
-        [B, d_embed] of length 1."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        """Images [B, 3, H, W] in [0, 1] of the weights' dtype, resized where H, W are not
+        image_size, to [B, d_embed] of length 1. ValueError for anything else."""
+        shape, dtype = images.shape, self.image_encoder.patches.weight.dtype
+        if images.ndim != 4 or shape[1] != 3 or images.dtype != dtype or not images.numel():
             raise ValueError(
-                f"expected images, float [B, 3, H, W]; got {images.dtype} {list(images.shape)}"
+                f"expected images, {dtype} [B, 3, H, W], none of them 0; "
+                f"got {images.dtype} {list(shape)}"
             )
+        low, high = torch.aminmax(images)
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
         return normalised(self.image_encoder(images))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Text, long [B, text_len] as `pad` makes it, to [B, d_embed] of length 1."""
         want, end = self.config.text_len, self.config.text_vocab
-        if text.dtype != torch.long or text.ndim != 2 or text.shape[1] != want:
+        if text.dtype != torch.long or text.ndim != 2 or text.shape[1] != want or not len(text):
             raise ValueError(
                 f"expected text, long [B, {want}]; got {text.dtype} {list(text.shape)}"
             )
@@ -231,6 +240,8 @@ class CLIP(nn.Module):
         The metrics, detached scalars: loss; accuracy, the share of pictures whose caption is the
         likeliest in the batch; scale.
         """
+        if len(images) != len(text):
+            raise ValueError(f"expected a text for each image, got {len(text)} for {len(images)}")
         with torch.no_grad():  # a clamp within the graph would end the gradient for good
             self.log_scale.clamp_(max=math.log(MAX_SCALE))
         image, caption = self.encode_image(images), self.encode_text(text)

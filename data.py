@@ -118,7 +118,10 @@ def crop_square(img: Image.Image, x: int, y: int, size: int) -> Image.Image:
     """The square at (x, y) whose side is the image's short side, at least `size` pixels wide.
 
     Our reading: a smaller image, where the paper's listings would fail, is enlarged (bicubic).
+    ValueError for a mode other than RGB.
     """
+    if img.mode != "RGB":
+        raise ValueError(f"expected an image in mode RGB, got {img.mode}: convert it first")
     s = min(img.size)
     img = img.crop((x, y, x + s, y + s))
     return img if s >= size else img.resize((size, size), Image.Resampling.BICUBIC)

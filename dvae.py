@@ -64,7 +64,7 @@ EPS = 0.1  # Eq. 3
 
 
 def map_pixels(x: torch.Tensor) -> torch.Tensor:
-    """phi of Eq. 3: values in [0, 1] to [0.1, 0.9], away from the poles of Eq. 2."""
+    """phi of Eq. 3: values in [0, 1], unchecked, to [0.1, 0.9], away from the poles of Eq. 2."""
     return (1 - 2 * EPS) * x + EPS
 
 
@@ -75,7 +75,7 @@ def unmap_pixels(x: torch.Tensor) -> torch.Tensor:
 
 def logit_laplace_log_prob(x: torch.Tensor, mu: torch.Tensor, ln_b: torch.Tensor) -> torch.Tensor:
     """ln f(x | mu, b) of Eq. 2, elementwise, for x in (0, 1): the density of sigmoid(y) where y
-    is Laplace-distributed with mean mu and scale b = exp(ln_b)."""
+    is Laplace-distributed with mean mu and scale b = exp(ln_b). x is not checked; DVAE does."""
     ln_jacobian = torch.log(x) + torch.log1p(-x)
     return -math.log(2) - ln_b - ln_jacobian - (torch.logit(x) - mu).abs() * torch.exp(-ln_b)
 
@@ -83,9 +83,13 @@ def logit_laplace_log_prob(x: torch.Tensor, mu: torch.Tensor, ln_b: torch.Tensor
 # ----------------------------------------------------------------------------- layers (A.1)
 
 
-def check_channels(x: torch.Tensor, n_in: int, what: str) -> None:
-    if x.ndim != 4 or x.shape[1] != n_in or not x.is_floating_point():
-        raise ValueError(f"expected {what}, float [B, {n_in}, H, W]; got {x.dtype} {list(x.shape)}")
+def check_channels(x: torch.Tensor, w: torch.Tensor, what: str) -> None:
+    """ValueError unless x, not empty, is what a convolution with the weights w reads."""
+    if x.ndim != 4 or x.shape[1] != w.shape[1] or x.dtype != w.dtype or not x.numel():
+        raise ValueError(
+            f"expected {what}, {w.dtype} [B, {w.shape[1]}, H, W], none of them 0; "
+            f"got {x.dtype} {list(x.shape)}"
+        )
 
 
 class Conv2d(nn.Module):
@@ -145,7 +149,10 @@ def resblock_groups(
 
 
 class Encoder(nn.Module):
-    """phi(images) [B, 3, H, W] to logits [B, vocab_size, H/f, W/f], f = config.factor."""
+    """phi(images) [B, 3, H, W] to logits [B, vocab_size, H/f, W/f], f = config.factor.
+
+    ValueError for other shapes and dtypes; the values are not checked.
+    """
 
     def __init__(self, config: DVAEConfig):
         super().__init__()
@@ -163,8 +170,14 @@ class Encoder(nn.Module):
             )
         )
 
+    def check(self, x: torch.Tensor, what: str) -> None:
+        check_channels(x, self.blocks.input.w, what)
+        f = self.config.factor
+        if x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"expected sides that are multiples of {f}, got {list(x.shape)}")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_channels(x, 3, "images through phi")
+        self.check(x, "images through phi")
         return self.blocks(x)
 
 
@@ -188,7 +201,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        check_channels(z, self.config.vocab_size, "one-hot or relaxed codes")
+        check_channels(z, self.blocks.input.w, "one-hot or relaxed codes")
         return self.blocks(z)
 
 
@@ -198,8 +211,8 @@ class Decoder(nn.Module):
 class DVAE(nn.Module):
     """Encoder, decoder and the bound between them.
 
-    Images are float [B, 3, H, W] in [0, 1], H and W multiples of config.factor = f; tokens are
-    long [B, H/f, W/f] in [0, vocab_size). Anything else is a ValueError.
+    Images are [B, 3, H, W] in [0, 1] of the weights' dtype, H and W multiples of config.factor = f;
+    tokens are long [B, H/f, W/f] in [0, vocab_size). Anything else, or nothing, is a ValueError.
     """
 
     def __init__(self, config: DVAEConfig):
@@ -219,18 +232,16 @@ class DVAE(nn.Module):
         return unmap_pixels(torch.sigmoid(mu))
 
     def check_images(self, images: torch.Tensor) -> None:
-        check_channels(images, 3, "images")
-        f = self.config.factor
-        if images.shape[2] % f or images.shape[3] % f or not images.numel():
-            raise ValueError(f"expected sides that are multiples of {f}, got {list(images.shape)}")
+        self.encoder.check(images, "images")
         low, high = torch.aminmax(images)
         if not (low >= 0 and high <= 1):
             raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
 
     def one_hot(self, tokens: torch.Tensor) -> torch.Tensor:
-        if tokens.ndim != 3 or tokens.dtype != torch.long:
+        if tokens.ndim != 3 or tokens.dtype != torch.long or not tokens.numel():
             raise ValueError(
-                f"expected tokens, long [B, h, w]; got {tokens.dtype} {list(tokens.shape)}"
+                f"expected tokens, long [B, h, w], none of them 0; "
+                f"got {tokens.dtype} {list(tokens.shape)}"
             )
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(
@@ -253,8 +264,8 @@ class DVAE(nn.Module):
         temperature tau, or with `hard` drawn from q.
         """
         self.check_images(images)
-        if tau <= 0:
-            raise ValueError(f"expected a temperature tau > 0, got {tau}")
+        if not 0 < tau < math.inf:
+            raise ValueError(f"expected a finite temperature tau > 0, got {tau}")
         x = map_pixels(images)
         logits = self.encoder(x)
         gumbel = -torch.log(-torch.log(torch.rand_like(logits)))
@@ -276,6 +287,8 @@ class DVAE(nn.Module):
         The metrics are detached scalars: loss, recon and kl in nats per pixel value, and psnr in
         dB of the relaxed reconstruction.
         """
+        if not 0 <= kl_weight < math.inf:
+            raise ValueError(f"expected a finite kl_weight ≥ 0, got {kl_weight}")
         recon, kl, mu = self.terms(images, tau)
         loss = recon + kl_weight * kl
         mse = (unmap_pixels(torch.sigmoid(mu.detach())) - images).square().mean()
@@ -291,9 +304,10 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def elb(self, images: torch.Tensor, tau: float | None = None) -> torch.Tensor:
-        """The evidence lower bound (beta = 1) in nats per pixel value, a scalar: the relaxed one
-        at temperature tau, or without tau the true one, its codes drawn from q (2.1)."""
-        recon, kl, _ = self.terms(images, tau or 1.0, hard=tau is None)
+        """The evidence lower bound in nats per pixel value, a scalar: the relaxed one at
+        temperature tau, or without tau the true one, its codes drawn from q (2.1). Eq. 1 is a bound
+        at beta = 1 only, so that is the weight here, whatever that of the training."""
+        recon, kl, _ = self.terms(images, 1.0 if tau is None else tau, hard=tau is None)
         return -recon - kl
 
 
@@ -372,7 +386,9 @@ class Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if f"{module}.{name}" not in ALLOWED:
             raise ValueError(f"it names {module}.{name}, which no such file needs")
-        return ALLOWED[f"{module}.{name}"]
+        allowed = ALLOWED[f"{module}.{name}"]
+        # A file can set attributes on the classes it is given: no two get the same shell.
+        return type("Shell", (Shell,), {}) if allowed is Shell else allowed
 
     def persistent_load(self, key: tuple):
         if key[0] == "module":  # a class and its source, before PyTorch 1.6

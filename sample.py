@@ -57,8 +57,9 @@ def find_run() -> Path:
 
 @lru_cache(maxsize=1)
 def load_run(run_dir: Path, device: str, dtype: str = "fp32") -> tuple[BPE, DVAE, Transformer]:
-    """The three models of a run, the prior in `dtype`. ValueError where a file is missing or they
-    do not fit."""
+    """The three models of a run, the matrices of the prior's resblocks in `dtype`: for autocast to
+    it, under which gains, biases, embeddings and logits stay in 32 bits (D.2). ValueError where a
+    file is missing or they do not fit."""
     for name, script in zip(FILES, ("train_prior.py", "train_dvae.py", "train_prior.py")):
         if not (run_dir / name).is_file():
             raise ValueError(
@@ -66,7 +67,11 @@ def load_run(run_dir: Path, device: str, dtype: str = "fp32") -> tuple[BPE, DVAE
             )
     bpe = BPE.load(run_dir / "bpe.json")
     dvae = load_dvae(run_dir / "dvae.pt").to(device)
-    prior = load_transformer(run_dir / "prior.pt").to(device, DTYPES[dtype])
+    prior = load_transformer(run_dir / "prior.pt")
+    for p in prior.blocks.parameters():
+        if p.ndim == 2:
+            p.data = p.data.to(DTYPES[dtype])
+    prior.to(device)
     if (prior.config.text_vocab, prior.config.image_vocab) != (
         bpe.vocab_size,
         dvae.config.vocab_size,
@@ -147,21 +152,24 @@ class Drawing:
     """
 
     prompts: list[str]
-    candidates: int = 1  # drawn for each prompt
+    candidates: int = 1  # drawn for each prompt; 512 in the paper (2.6)
     run_dir: str | Path | None = None  # the newest run by default
     top: int | None = None  # kept of them, best first; by default all, in the order of their number
     seed: int = 0
     temperature: float = 1.0  # (2.6); 0 takes the likeliest token each time
+    # beyond the paper, all three:
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = None  # draw among the likeliest that hold this probability together
     guidance: float | None = None  # the factor by which the caption's say is extrapolated
     image: str | Path | Image.Image | None = None  # the picture to continue (3.3, G)
-    keep_rows: int | None = None  # token rows of it that are kept
+    keep_rows: int | None = None  # token rows of it that are kept; the top 15 of 32 in G
     batch_size: int = 16  # candidates at once
-    dtype: str = "fp32"  # of the prior; bf16 and fp16 on a GPU
+    dtype: str = "fp32"  # of the prior's resblocks; bf16 and fp16 on a GPU
     device: str | None = None  # the best one by default
 
     def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there is no prompt to draw")
         for name in ("candidates", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
@@ -229,7 +237,7 @@ class Drawing:
         """Draw everything. `watch` is called after each row of the grid. What there is when it is
         interrupted stays."""
         grid, n = self.prior.config.grid, len(self.prefix)
-        batches = self.batches()
+        batches, is_16_bit = self.batches(), self.dtype != "fp32"
         total = len(batches) * (grid**2 - n)
         with tqdm(total=total, unit="token", disable=not progress, leave=False, delay=0.5) as bar:
             for prompts, candidates in batches:
@@ -240,20 +248,22 @@ class Drawing:
                     here[..., :k] = tokens[:, :k].view(*here.shape[:2], k)
                     bar.update()
                     if watch is not None and k % grid == 0:
-                        self.paint(*batch)
+                        with torch.autocast(here.device.type, enabled=False):
+                            self.paint(*batch)
                         watch()
 
                 try:
-                    self.prior.generate(
-                        self.texts[prompts.start : prompts.stop].repeat_interleave(C, 0),
-                        self.prefix.expand(P * C, -1),
-                        draws(self.seed, candidates, grid**2).to(here.device).repeat(P, 1),
-                        temperature=self.temperature,
-                        top_k=self.top_k,
-                        top_p=self.top_p,
-                        guidance=self.guidance,
-                        progress=seen,
-                    )
+                    with torch.autocast(here.device.type, DTYPES[self.dtype], enabled=is_16_bit):
+                        self.prior.generate(
+                            self.texts[prompts.start : prompts.stop].repeat_interleave(C, 0),
+                            self.prefix.expand(P * C, -1),
+                            draws(self.seed, candidates, grid**2).to(here.device).repeat(P, 1),
+                            temperature=self.temperature,
+                            top_k=self.top_k,
+                            top_p=self.top_p,
+                            guidance=self.guidance,
+                            progress=seen,
+                        )
                 finally:
                     self.paint(prompts, candidates)
 
@@ -359,6 +369,8 @@ def describe(
     device: str | None = None,
 ) -> list[Description]:
     """How likely a picture is under each caption, the likeliest first. ValueErrors as in draw."""
+    if not captions:
+        raise ValueError("there is no caption to score")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     run_dir, device = Path(run_dir or find_run()), pick_device(device)
@@ -427,7 +439,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep-rows", metavar="R", type=int, help="… below its top R rows of tokens")
     add("--batch-size", metavar="N", type=int, default=16, help="candidates drawn at once")
     add("--device", help="cuda, mps or cpu; default: the best one there")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the prior; 16 bits on GPUs only")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the resblocks; 16 bits on GPUs only")
     add("--repeat", metavar="FILE", type=Path, help="a PNG drawn before, with its own options")
 
     group = parser.add_argument_group("looking")

@@ -77,9 +77,13 @@ def layer_kind(i: int, n_layer: int) -> str:
 def distances(kind: str, grid: int, kernel: int) -> list[int]:
     """How far back in raster order an image position sees; the first is 0, itself.
 
-    "Causal convolutional" is, in our reading, a centred kernel without its future half that wraps
-    around row ends in raster order, since B.1 likens its wrapping to the row mask's.
+    A row is the token itself and the G before it, since the "previous 5" of the figure's 4 × 4 grid
+    must count the token itself. "Causal convolutional" is, in our reading, a centred kernel without
+    its future half that wraps around row ends in raster order, since B.1 likens its wrapping to the
+    row mask's. ValueError for a grid below 1 or a kernel that is not odd and positive.
     """
+    if grid < 1 or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"expected a grid ≥ 1 and an odd kernel ≥ 1, got {grid} and {kernel}")
     if kind == "row":
         return list(range(grid + 1))
     if kind == "column":
@@ -96,6 +100,8 @@ def attention_mask(kind: str, text_len: int, grid: int, kernel: int = 11) -> Ten
 
     The dense reference for pictures, tests and small code; the model computes the same in blocks.
     """
+    if text_len < 0:
+        raise ValueError(f"expected text_len ≥ 0, got {text_len}")
     i = torch.arange(text_len + grid * grid)
     back = i[:, None] - i
     near = torch.isin(back, torch.tensor(distances(kind, grid, kernel)))
@@ -190,6 +196,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, keep: list[Tensor] | None = None) -> Tensor:
         """x: the text and whole rows of the grid. `keep` receives keys and values [S, 2, B · d]."""
         (B, S, d), T, G = x.shape, self.config.text_len, self.config.grid
+        if (S - T) % G or not T < S <= T + G * G:
+            raise ValueError(f"expected {T} positions of text and 1 to {G} rows of {G}, got {S}")
         queries, keys, seen, restore = attention_blocks(
             self.kind, T, G, self.config.kernel, (S - T) // G, x.device
         )
@@ -247,16 +255,28 @@ class MLP(nn.Module):
 # ---- tokens in, tokens out -----------------------------------------------------------------------
 
 
-def check_tokens(name: str, tokens: Tensor, length: int | None, vocab: int) -> None:
-    """ValueError unless tokens are long [B, length], B ≥ 1, in [0, vocab); None: of any length."""
+def check_tokens(
+    name: str, tokens: Tensor, length: int | None, vocab: int, start: int | None = None
+) -> None:
+    """ValueError unless tokens are long [B, length], B ≥ 1, in [0, vocab); None: of any length.
+
+    With `start` they are text: `start` comes first, and start + i is at position i alone.
+    """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tokens).__name__}")
     fits = tokens.dtype == torch.long and tokens.ndim == 2 and len(tokens) > 0
     if not fits or length not in (None, tokens.shape[1]):
         want = f"torch.int64 of shape [B, {'n' if length is None else length}]"
         got = f"{tokens.dtype} of shape {list(tokens.shape)}"
         raise ValueError(f"{name} must be {want}, got {got}")
-    if ((tokens < 0) | (tokens >= vocab)).any():
+    bad = (tokens < 0) | (tokens >= vocab)
+    if start is not None:
+        own = start + torch.arange(tokens.shape[1], device=tokens.device)
+        bad |= (tokens != own) & ((tokens >= start) | (own == start))
+    if bad.any():
         got = f"{tokens.min().item()} to {tokens.max().item()}"
-        raise ValueError(f"{name} must be in 0 to {vocab - 1}, got {got}")
+        order = "" if start is None else f" as pad_text makes it, {start} + i at position i alone"
+        raise ValueError(f"{name} must be in 0 to {vocab - 1}{order}, got {got}")
 
 
 def pad_text(ids: Sequence[int] | Tensor, text_len: int, text_vocab: int) -> Tensor:
@@ -268,7 +288,8 @@ def pad_text(ids: Sequence[int] | Tensor, text_len: int, text_vocab: int) -> Ten
     >>> pad_text([5, 7], text_len=5, text_vocab=100).tolist()
     [100, 5, 7, 103, 104]
     """
-    ids = torch.as_tensor(ids, dtype=None if len(ids) else torch.long)
+    ids = torch.as_tensor(ids)
+    ids = ids if ids.numel() else ids.long()
     check_tokens("ids", ids[None], None, text_vocab)
     if len(ids) > text_len - 1:
         raise ValueError(f"a caption has at most {text_len - 1} tokens, got {len(ids)}")
@@ -378,10 +399,10 @@ class Transformer(nn.Module):
         """text [B, T], image [B, N] -> logits for text[:, 1:] and for image, in float32.
 
         They are [B, T − 1, text_vocab + T] and [B, N, image_vocab]. ValueError for other shapes or
-        dtypes and for tokens outside the vocabulary.
+        dtypes, for tokens outside the vocabulary, and for start-of-text or a pad out of its place.
         """
         T, N = self.config.text_len, self.config.grid**2
-        check_tokens("text", text, T, self.config.text_vocab + T)
+        check_tokens("text", text, T, self.config.text_vocab + T, self.config.text_vocab)
         check_tokens("image", image, N, self.config.image_vocab)
         if len(text) != len(image):
             raise ValueError(f"expected an image for each text, got {len(image)} for {len(text)}")
@@ -392,6 +413,9 @@ class Transformer(nn.Module):
 
     def loss(self, text: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """1/8 text + 7/8 image cross-entropy in nats, each averaged over its own tokens (2.2).
+
+        Pads count as text: our reading, for the paper says only that they are learned and not
+        masked out (logits of −∞ were the other option).
 
         The metrics are loss, text_loss and image_loss, detached scalars.
         """
@@ -421,6 +445,7 @@ class Transformer(nn.Module):
             passes uniforms[row, k], whatever the other rows are. By default torch.rand.
         temperature divides the logits (0: take the likeliest). Then top_k keeps the k likeliest
             tokens and top_p the fewest that hold this much probability, and ties with the last.
+            These two are beyond the paper, as is guidance.
         guidance S: logits of the empty caption, pad_text([]), + S · (the caption's − those); both
             streams are fed the same tokens. Classifier-free guidance is later than the paper (Ho &
             Salimans 2022), and the model must have seen empty captions in training.
@@ -429,18 +454,21 @@ class Transformer(nn.Module):
         Equal rows of text and prefix side by side, as repeat_interleave makes them, are candidates
         of one prompt, which is run and kept once. ValueError for what does not fit the above.
         """
-        B, T, N = len(text), self.config.text_len, self.config.grid**2
+        T, N = self.config.text_len, self.config.grid**2
+        check_tokens("text", text, T, self.config.text_vocab + T, self.config.text_vocab)
+        B = len(text)
         prefix = text.new_empty(B, 0) if prefix is None else prefix
         uniforms = torch.rand(B, N, device=text.device) if uniforms is None else uniforms
-        check_tokens("text", text, T, self.config.text_vocab + T)
         check_tokens("prefix", prefix, None, self.config.image_vocab)
         n = prefix.shape[1]
         if n > N or len(prefix) != B:
             raise ValueError(f"prefix must be [{B}, at most {N}], got {list(prefix.shape)}")
         if uniforms.shape != (B, N) or not ((uniforms >= 0) & (uniforms < 1)).all():
             raise ValueError(f"uniforms must be [{B}, {N}] in [0, 1), got {list(uniforms.shape)}")
-        if not temperature >= 0 or not (top_k is None or top_k >= 1):
-            raise ValueError(f"expected temperature ≥ 0, top_k ≥ 1; got {temperature}, {top_k}")
+        if not temperature >= 0 or not (top_k is None or isinstance(top_k, int) and top_k >= 1):
+            raise ValueError(
+                f"expected temperature ≥ 0, an integer top_k ≥ 1; got {temperature}, {top_k}"
+            )
         if not (top_p is None or 0 < top_p <= 1):
             raise ValueError(f"expected 0 < top_p ≤ 1, got {top_p}")
         if not (guidance is None or math.isfinite(guidance)):

@@ -277,7 +277,12 @@ def test_bad_arguments(trained):
     for dropout in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="from 0 to 1"):
             trained.encode("a", dropout)
-    for i in (-1, trained.vocab_size):
+    for text in (None, b"ab"):
+        with pytest.raises(ValueError, match="a str"):
+            trained.encode(text)
+        with pytest.raises(ValueError, match="a str"):
+            BPE.train([text], 300)
+    for i in (-1, trained.vocab_size, 97.5, "a", None):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             trained.decode([97, i])
 

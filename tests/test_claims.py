@@ -9,7 +9,7 @@ from torch import nn
 import claims
 from claims import Outcome, Range, gradient_ranges, train, wilson
 from curves import Panel, Series
-from transformer import Transformer, TransformerConfig
+from transformer import Transformer, TransformerConfig, pad_text
 
 
 def test_what_float16_holds_of_a_gradient():
@@ -28,7 +28,7 @@ def test_the_gradients_of_each_resblock_are_those_of_its_layers():
     torch.manual_seed(0)
     config = TransformerConfig(2, 2, 8, text_len=5, grid=3, text_vocab=7, image_vocab=6, kernel=3)
     model = Transformer(config)
-    text, image = torch.arange(5)[None] % 7, torch.arange(9)[None] % 6
+    text, image = pad_text([1, 2], 5, 7)[None], torch.arange(9)[None] % 6
     outputs = [[] for _ in model.blocks]
 
     def keep(k):

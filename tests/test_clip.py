@@ -88,12 +88,21 @@ def test_embeddings_have_length_one_and_any_size_is_read():
     # twice the size, each pixel repeated: the same picture
     large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert (model.encode_image(large) * model.encode_image(images)).sum(1).min() > 0.9
-    for wrong in (images[:, :1], (images * 255).byte()):
+    for wrong in (
+        *(images[:, :1], (images * 255).byte(), images.float(), images[:0], images[..., :0]),
+        *(images + 1, -images, images * math.nan),
+    ):
         with pytest.raises(ValueError, match="expected images"):
             model.encode_image(wrong)
-    for wrong in (text[:, :-1], text - 1, text + 1, text.int()):
+    for wrong in (text[:, :-1], text - 1, text + 1, text.int(), text[:0]):
         with pytest.raises(ValueError, match="expected"):
             model.encode_text(wrong)
+    for wrong in (images[:1], images[1:]):
+        with pytest.raises(ValueError, match="a text for each image"):
+            model.loss(wrong, text)
+    for wrong in ([20], [-1], [0, 1, 2, 3, 4, 5, 20], [1.5], [[1]], torch.tensor(1)):
+        with pytest.raises(ValueError, match="ids from 0 to 19"):
+            model.pad(wrong)
 
 
 def test_scale_starts_at_the_published_one_and_stops_at_100():

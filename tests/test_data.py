@@ -157,6 +157,57 @@ def test_listing_2():
     assert (square == np.asarray(marked_image(64, 64))).all()
 
 
+class Recorder(random.Random):
+    """Keeps the least and the largest number that each draw could give, and the one it gave."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.bounds, self.drawn = [], []
+
+    def randint(self, a, b):
+        self.bounds.append((a, b))
+        self.drawn.append(a + int((b - a + 1) * self.random()))
+        return self.drawn[-1]
+
+    def randrange(self, start, stop):
+        return self.randint(start, stop - 1)
+
+
+# (width, height), the target size, and the scales t of Listings 1 and 2
+@pytest.mark.parametrize(
+    "shape, size, t_dvae, t_prior",
+    [
+        ((640, 480), 256, (288, 384), (256, 288)),  # 9/8 and 12/8 of the target
+        ((300, 330), 256, (288, 300), (256, 288)),  # the short side is the most
+        ((270, 1000), 256, (270, 270), (256, 270)),  # and the least: 256 < 270 < 288
+        ((256, 256), 256, (256, 256), (256, 256)),
+        ((45, 39), 36, (39, 39), (36, 39)),  # 40.5 and 54, rounded to even
+        ((20, 27), 32, (32, 32), (32, 32)),  # enlarged first
+    ],
+)
+def test_bounds_of_the_listings(shape, size, t_dvae, t_prior):
+    short, slack = min(shape), abs(shape[0] - shape[1])
+    for seed in range(20):
+        rng = Recorder(seed)
+        preprocess_dvae(Image.new("RGB", shape), size, rng)
+        *square, t, x, y = rng.bounds
+        assert square == [(0, shape[0] - short), (0, shape[1] - short)] and t == t_dvae
+        assert x == y == (0, rng.drawn[2] - size)
+        rng = Recorder(seed)
+        preprocess_prior(Image.new("RGB", shape), size, rng)
+        offset, t, x, y = rng.bounds
+        first = 3 * slack // 8
+        assert offset == (first, max(first, 5 * slack // 8 - 1)) and t == t_prior
+        assert x == y == (0, rng.drawn[1] - size)
+
+
+@pytest.mark.parametrize("preprocess", [preprocess_dvae, preprocess_prior])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "F"])
+def test_other_modes_are_refused(preprocess, mode):
+    with pytest.raises(ValueError, match=f"RGB, got {mode}:"):
+        preprocess(Image.new(mode, (9, 9)), 4, random.Random(0))
+
+
 @pytest.mark.parametrize("preprocess", [preprocess_dvae, preprocess_prior])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 90), (31, 32), (32, 32), (33, 47), (400, 36)])
 def test_any_image_gives_the_target_size(preprocess, shape):

@@ -202,7 +202,11 @@ def test_bad_input_is_refused():
     for bad, match in (
         (good[0], r"\[B, 3, H, W\]"),
         (good[:, :2], r"\[B, 3, H, W\]"),
-        (good.mul(255).byte(), "float"),
+        (good.mul(255).byte(), "float32"),
+        (good.double(), "float32.*float64"),
+        (good.half(), "float32.*float16"),
+        (good[:0], "none of them 0"),
+        (good[..., :0], "none of them 0"),
         (good[..., :7], "multiples of 4"),
         (good * 2 - 1, r"\[0, 1\]"),
         (good * torch.nan, r"\[0, 1\]"),
@@ -211,13 +215,28 @@ def test_bad_input_is_refused():
             model.encode(bad)
         with pytest.raises(ValueError, match=match):
             model.loss(bad, 1.0, 1.0)
-    with pytest.raises(ValueError, match="tau"):
-        model.loss(good, 0.0, 1.0)
-    for tokens in (torch.tensor([[[16]]]), torch.tensor([[[-1]]]), torch.zeros(1, 2, 2)):
+        if match != r"\[0, 1\]":  # the values are for the whole to check
+            with pytest.raises(ValueError, match=match):
+                model.encoder(bad)
+    for tau in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tau"):
+            model.loss(good, tau, 1.0)
+        with pytest.raises(ValueError, match="tau"):
+            model.elb(good, tau)
+    for kl_weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="kl_weight"):
+            model.loss(good, 1.0, kl_weight)
+    none = torch.zeros(0, 2, 2).long()
+    for tokens in (
+        *(torch.tensor([[[16]]]), torch.tensor([[[-1]]]), torch.zeros(1, 2, 2)),
+        *(none, none.transpose(0, 1)),
+    ):
         with pytest.raises(ValueError, match="expected tokens"):
             model.decode(tokens)
-    with pytest.raises(ValueError, match="codes"):
-        model.decoder(torch.rand(1, 15, 2, 2))
+    codes = torch.rand(1, 16, 2, 2)
+    for bad in (codes[:, :15], codes.double(), codes[..., :0]):
+        with pytest.raises(ValueError, match="codes"):
+            model.decoder(bad)
     with pytest.raises(ValueError, match="n_hid"):
         DVAEConfig(n_hid=0)
 

@@ -162,6 +162,21 @@ def test_a_malicious_file_is_refused_by_name_and_runs_nothing(release, tmp_path,
     assert not target.exists()
 
 
+def test_a_file_cannot_change_how_later_ones_are_read(release, tmp_path):
+    folder, encoder, _ = release
+    path = tmp_path / "evil.pkl"
+    name = b"ctorch.nn.modules.container\nSequential\n"
+    state = b"(N}Vparameters\nccollections\nOrderedDict\nst"  # (None, {"parameters": OrderedDict})
+    storages = pickle.dumps([], 2)
+    path.write_bytes(pickle.dumps(0) * 3 + b"\x80\x02" + name + state + b"b." + storages)
+    with pytest.raises(ValueError, match="released layout"):  # read, and found to hold nothing
+        load_openai(path, folder / "decoder.pkl")
+    model = load_openai(folder / "encoder.pkl", folder / "decoder.pkl")
+    assert {k: v.shape for k, v in model.encoder.named_parameters()} == {
+        k: v.shape for k, v in encoder.named_parameters()
+    }
+
+
 def test_other_files_are_refused(release):
     folder, *_ = release
     with pytest.raises(ValueError, match="released layout"):

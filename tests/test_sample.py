@@ -90,10 +90,10 @@ def tokens_of(*args, **options):
     return drawing.tokens
 
 
-def test_a_candidate_is_the_same_in_any_company(mini, monkeypatch):
+def test_a_candidate_is_the_same_in_any_company(mini):
     """In float64, since in float32 one rounding can turn a token and all that follows."""
-    monkeypatch.setitem(sample.DTYPES, "fp32", torch.float64)
     sample.load_run.cache_clear()
+    sample.load_run(mini, "cpu", "fp32")[2].double()  # the one that is kept, which Drawing takes
     many = tokens_of(PROMPTS, 64, mini, seed=7, batch_size=64)
     assert many.min() >= 0 and len(many[0].unique(dim=0)) > 60  # candidates differ
     assert not torch.equal(many[0], many[1])  # captions matter
@@ -103,6 +103,31 @@ def test_a_candidate_is_the_same_in_any_company(mini, monkeypatch):
     assert torch.equal(tokens_of(PROMPTS[1:2], 30, mini, seed=7), many[1:2, :30])
     assert not torch.equal(tokens_of(PROMPTS, 4, mini, seed=8), many[:, :4])
     sample.load_run.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_16_bits_end_before_the_logits(mini, dtype):
+    """The resblocks multiply in 16 bits; logits (D.2), the dVAE and the reranker stay in 32."""
+    drawing, kind = Drawing(PROMPTS, 2, mini, temperature=0), sample.DTYPES[dtype]
+    drawing.draw()
+    expected, scores = drawing.tokens.clone(), torch.tensor(drawing.scores)
+    prior = sample.load_run(mini, "cpu", dtype)[2]
+    assert {p.dtype for p in prior.blocks.parameters() if p.ndim == 2} == {kind}
+    assert {p.dtype for p in prior.parameters() if p.ndim == 1} == {torch.float32}
+    drawing.prior, drawing.dtype = prior, dtype
+    products, logits = set(), []
+    for block in prior.blocks:
+        block.out.register_forward_hook(lambda _, x, y: products.add(x[0].dtype))
+    prior.image_head.register_forward_hook(lambda _, x, y: logits.append(y))
+    drawing.tokens.fill_(-1)
+    drawing.draw(watch=lambda: None)
+    assert kind in products
+    logits = torch.cat([x.flatten() for x in logits])
+    assert logits.dtype == torch.float32
+    assert (logits != logits.to(kind).float()).float().mean() > 0.9
+    same = (drawing.tokens == expected).all(-1)
+    assert same.any() and drawing.tokens.min() >= 0
+    assert torch.allclose(torch.tensor(drawing.scores)[same], scores[same], atol=1e-5)
 
 
 @pytest.mark.parametrize("candidates, batch_size", [(1, 16), (4, 1), (4, 3), (4, 16), (7, 7)])
@@ -291,6 +316,13 @@ def test_ctrl_c_before_the_first_token(mini, main, tmp_path, monkeypatch):
     monkeypatch.setattr(Transformer, "generate", interrupted)
     code, _, err = main("a cone", "--run-dir", mini)
     assert (code, err) == (130, "sample.py: stopped\n") and not list(tmp_path.iterdir())
+
+
+def test_nothing_to_draw_or_to_score_is_refused(mini):
+    with pytest.raises(ValueError, match="no prompt"):
+        draw([], 1, mini)
+    with pytest.raises(ValueError, match="no caption"):
+        describe([], Image.new("RGB", (SIDE, SIDE)), mini)
 
 
 def photo(path, size=(20, 20), **options):

@@ -242,7 +242,7 @@ def test_pad_text():
     assert pad_text([], 3, 100).tolist() == [100, 101, 102]
     assert pad_text(torch.tensor([1, 2]), 3, 100).tolist() == [100, 1, 2]
     assert pad_text([1], 3, 100).dtype == torch.long
-    for ids in ([1, 2, 3], [100], [-1], [0.5], [[1]]):
+    for ids in ([1, 2, 3], [100], [-1], [0.5], [[1]], torch.tensor(1)):
         with pytest.raises(ValueError):
             pad_text(ids, 3, 100)
 
@@ -529,11 +529,20 @@ def test_bad_input_is_refused_with_what_was_expected():
     c = small()
     model = Transformer(c)
     text, image = batch(c, 2)
+    pads = pad_text([], c.text_len, c.text_vocab).repeat(2, 1)
+    x = torch.zeros(1, c.text_len + c.grid**2 + c.grid, c.d_model)
     refused = [
         ("text must be", lambda: model(text[:, :-1], image)),
         ("text must be", lambda: model(text[0], image)),
         ("text must be", lambda: model(text.int(), image)),
-        ("text must be in 0 to 24, got .* to 25", lambda: model(text * 0 + 25, image)),
+        ("text must be in 0 to 24.*got .* to 25", lambda: model(text * 0 + 25, image)),
+        ("20 . i at position i alone", lambda: model(text * 0 + 3, image)),
+        (
+            "20 . i at position i alone",
+            lambda: model.loss(pads + torch.tensor([0, 1, 0, 0, 0]), image),
+        ),
+        ("20 . i at position i alone", lambda: model.generate(pads.flip(1))),
+        ("text must be a tensor, got list", lambda: model.generate([])),
         ("image must be .*16.*15", lambda: model(text, image[:, :-1])),
         ("image must be", lambda: model.loss(text, image.float())),
         ("image must be in 0 to 12, got 13 to 13", lambda: model.loss(text, image * 0 + 13)),
@@ -547,6 +556,7 @@ def test_bad_input_is_refused_with_what_was_expected():
         ("uniforms must be", lambda: model.generate(text, uniforms=torch.zeros(2, 15))),
         ("temperature", lambda: model.generate(text, temperature=-1)),
         ("top_k", lambda: model.generate(text, top_k=0)),
+        ("integer top_k", lambda: model.generate(text, top_k=1.5)),
         ("top_p", lambda: model.generate(text, top_p=0.0)),
         ("top_p", lambda: model.generate(text, top_p=1.5)),
         ("guidance", lambda: model.generate(text, guidance=math.inf)),
@@ -554,6 +564,16 @@ def test_bad_input_is_refused_with_what_was_expected():
         ("grid", lambda: small(grid=0)),
         ("layers", lambda: layer_kind(0, 4)),
         ("kind", lambda: attention_mask("dense", 2, 2)),
+        ("text_len", lambda: attention_mask("row", -1, 2)),
+        ("grid", lambda: attention_mask("row", 2, 0)),
+        *(("odd", lambda k=k: attention_mask("conv", 2, 2, kernel=k)) for k in (-3, 0, 4)),
+        *(
+            (
+                f"5 positions of text and 1 to 4 rows of 4, got {S}$",
+                lambda S=S: model.blocks[0](x[:, :S]),
+            )
+            for S in (4, 5, 8, 20, 25)
+        ),
     ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
