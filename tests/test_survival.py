@@ -3,6 +3,7 @@ that are damaged or mean harm. The long version of the first is `make soak`."""
 
 import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -377,6 +378,31 @@ def test_files_that_mean_harm(kind, run_dir, call, tmp_path):
         assert (name or "evil.pt") in lines[0] and not flag.exists()
         if name and (tmp_path / "good").exists():
             shutil.move(tmp_path / "good", run_dir / name)
+
+
+def test_a_sharded_state_that_means_harm(tmp_path):
+    """The index of the shards is a pickle, and values among them can be: torch reads both as they
+    are."""
+    flag, folder = tmp_path / "ran", tmp_path / "prior_state"
+    folder.mkdir()
+    saved = {"sums": {}, "about": {"config": {}, "run": {}, "step": 3}}
+    about = {"crc32": run_state.crc32_of(saved), "saved": saved}
+    (folder / "about.json").write_text(json.dumps(about))
+    for evil in (Harm(flag), {"planner_data": Harm(flag)}):
+        (folder / ".metadata").write_bytes(pickle.dumps(evil))
+        with pytest.raises(ValueError, match="open, which no index does"):
+            run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+    (folder / ".metadata").write_bytes(pickle.dumps({}))
+    assert run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9}).about["step"] == 3
+    (folder / "about.json").write_text(json.dumps(about).replace('"step": 3', '"step": 7'))
+    with pytest.raises(ValueError, match="about.json is damaged"):
+        run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+    value = io.BytesIO()
+    torch.save(Harm(flag), value)
+    value.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        run_state.PlainValues().load_bytes(None, value)
+    assert not flag.exists()
 
 
 @pytest.fixture(scope="module")
