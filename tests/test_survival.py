@@ -186,6 +186,7 @@ def processes(word):
     return found
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_torchrun_goes_down_together(run_dir):
     """SIGTERM to torchrun: the ranks save at one step. Resumed, a killed rank ends the others."""
     log = run_dir / "log.jsonl"
@@ -275,6 +276,7 @@ def test_half_a_line_of_the_log_is_taken_back(tmp_path, capsys):
     assert [entry["step"] for entry in log_of(tmp_path)] == [1, 3]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
 def test_out_of_memory(run_dir):
     limits = [(resource.RLIMIT_AS, 2**29)]
     options = ["--steps", 20, "--workers", 0, "--resume", "--batch-size", 3000]
