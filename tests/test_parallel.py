@@ -45,9 +45,12 @@ def together(run_dir, *options, processes=2):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def entries(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
 def losses(run_dir):
-    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [e["loss"] for e in entries if "loss" in e]
+    return [e["loss"] for e in entries(run_dir) if "loss" in e]
 
 
 def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
@@ -56,10 +59,14 @@ def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
     back, through both kinds of state."""
     one = new_run(tmp_path / "one")
     alone(monkeypatch, one, "--steps", "5")
+    rates = [entry["lr"] for entry in entries(one) if "lr" in entry]
+    assert rates == pytest.approx([2e-3 * k / 5 for k in range(1, 6)])  # the warm-up is linear
     half = shutil.copytree(one, tmp_path / "half")
     alone(monkeypatch, one, "--steps", "10", "--resume")
     expected = losses(one)
     assert len(expected) == 10 and expected[-1] < expected[0]
+    averaged = checkpoint.load(one / "prior_state.pt")["n_averaged"]
+    assert averaged == 3  # after the first update, and every five
 
     replicated = new_run(tmp_path / "replicated")
     together(replicated, "--steps", "10", "--micro-batch", "2", "--powersgd-rank", "128")
