@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python sample.py "a red cube" --run-dir pretrained/tiny
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 soak: .venv/installed
 	$(BIN)/python tests/soak.py

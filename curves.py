@@ -75,7 +75,8 @@ def ticks(low: float, high: float) -> list[float]:
             # dividing by whole numbers gives 0.3, where multiplying by 0.1 does not
             up, down = mantissa * 10 ** max(exponent, 0), 10 ** max(-exponent, 0)
             first, last = low * down / up, high * down / up
-            slack = 1e-9 * max(1, abs(first), abs(last))  # 1.1 · 50 is a little more than 55
+            # 1.1 · 50 is a little more than 55
+            slack = 1e-9 + 4e-16 * max(abs(first), abs(last))
             first, last = math.floor(first + slack), math.ceil(last - slack)
             if last - first <= 7:
                 last = max(last, first + 2)
