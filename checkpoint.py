@@ -28,8 +28,9 @@ def write(path: Path, put: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({cause(error)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cause(error: BaseException) -> str:

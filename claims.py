@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from clip import load_clip
 from curves import COLORS, Panel, Series, plot
-from judge import best_of, judge_candidates, prompts_of, right, train_judge
-from sample import SHIPPED, draws, encode_prompt, load_run
+from judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
+from sample import SHIPPED, encode_prompt, load_run
 from toy import COLORS as HUES
 from toy import SHAPES, UNSEEN_PAIRS, toy_world
 from training import fail, images_to
@@ -219,15 +219,10 @@ def unseen() -> Outcome:
     """The model combines what it knows in ways that the training data did not: objects and styles
     that it never saw together (3.3)."""
     run, judge = load_run(SHIPPED, "cpu"), train_judge()
-    bpe, dvae, prior = run
-    grid, rows = prior.config.grid, []
+    rows = []
     for kind, split in (("seen pairs", "val"), ("unseen pairs", "unseen")):
-        captions, colors, shapes = prompts_of(split, 500)
-        text = torch.stack([encode_prompt(caption, bpe, prior) for caption in captions])
-        tokens = prior.generate(text, uniforms=draws(0, range(len(text)), grid**2))
-        with torch.inference_mode():
-            images = dvae.decode(tokens.view(-1, grid, grid))
-        good = torch.stack(right(judge, images, colors, shapes)).all(0)
+        _, colors, shapes = prompts_of(split, 500)
+        good = torch.stack(judge_prompts(judge, run, split, 500, seed=0)).all(0)
         parts = {kind: good}
         for color, shape in sorted(UNSEEN_PAIRS) if split == "unseen" else []:
             here = (colors == list(HUES).index(color)) & (shapes == SHAPES.index(shape))

@@ -136,9 +136,9 @@ def prompts_of(split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple[float, ...]:
-    """One sample at temperature 1 for each of `count` one-object captions: the shares with the
-    right colour, the right shape, and both."""
+def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """One sample at temperature 1 for each of `count` one-object captions: whether the colour is
+    right, and the shape, both bool [count]."""
     bpe, dvae, prior = run
     captions, colors, shapes = prompts_of(split, count)
     texts = torch.stack([encode_prompt(caption, bpe, prior) for caption in captions])
@@ -146,8 +146,7 @@ def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple
     uniforms = draws(seed, range(count), grid**2)
     tokens = prior.generate(texts, uniforms=uniforms)
     images = dvae.decode(tokens.view(-1, grid, grid))
-    color, shape = right(judge, images, colors, shapes)
-    return tuple(x.float().mean().item() for x in (color, shape, color & shape))
+    return right(judge, images, colors, shapes)
 
 
 def best_of(scores: Tensor, good: Tensor, n: int) -> Tensor:
@@ -240,7 +239,8 @@ def main() -> None:
             f"{codes} of {run[1].config.vocab_size} codes in use"
         )
         for kind, split in (("seen", "val"), ("unseen", "unseen")):
-            color, shape, both = judge_prompts(judge, run, split, args.prompts, args.seed)
+            color, shape = judge_prompts(judge, run, split, args.prompts, args.seed)
+            color, shape, both = (x.float().mean().item() for x in (color, shape, color & shape))
             print(
                 f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
                 f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"

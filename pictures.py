@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+import checkpoint
 from data import area_resize, crop_square
 from sources import read_image, to_rgb
 
@@ -81,10 +82,6 @@ def terminal(image: Image.Image, columns: int) -> str:
     return "\n".join(lines)
 
 
-def unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
 def check_output(path: Path, *kinds: str) -> None:
     """ValueError where a picture could not be written to `path` later. Leaves nothing behind."""
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -95,12 +92,13 @@ def check_output(path: Path, *kinds: str) -> None:
         raise ValueError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
         raise ValueError(f"{path} is a folder or write-protected: choose another name")
+    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        Image.new("RGB", (8, 8)).save(unfinished(path), kind)
+        Image.new("RGB", (8, 8)).save(probe, kind)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be written ({error})") from error
     finally:
-        unfinished(path).unlink(missing_ok=True)
+        probe.unlink(missing_ok=True)
 
 
 def write(image: Image.Image, path: Path, record: str = "", **options) -> None:
@@ -109,8 +107,4 @@ def write(image: Image.Image, path: Path, record: str = "", **options) -> None:
     if kind == "PNG":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("dalle", record)
-    try:
-        image.save(unfinished(path), kind, **options)
-        os.replace(unfinished(path), path)
-    finally:
-        unfinished(path).unlink(missing_ok=True)
+    checkpoint.write(path, lambda file: image.save(file, kind, **options))

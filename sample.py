@@ -38,7 +38,7 @@ from checkpoint import load
 from clip import CLIP, load_clip
 from dvae import DVAE, load_dvae
 from pictures import check_output, contact_sheet, middle_square, terminal, to_images, write
-from training import derive, fail, newest_run, pick_device
+from training import derive, fail, images_to, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
@@ -216,8 +216,8 @@ class Drawing:
         if not 0 < self.keep_rows < grid:
             raise ValueError(f"keep_rows is {self.keep_rows}; expected 1 to {grid - 1} token rows")
         original = middle_square(self.image, self.dvae.config.factor * grid, grid)
-        pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)[None].float() / 255
-        tokens = self.dvae.encode(pixels.to(self.texts.device)).flatten(1)
+        pixels = images_to(self.texts.device, torch.from_numpy(np.array(original))[None])
+        tokens = self.dvae.encode(pixels).flatten(1)
         seen = self.dvae.decode(tokens.view(-1, grid, grid))  # as the dVAE sees it
         seen[:, :, self.keep_rows * self.dvae.config.factor :] = BLANK
         self.prefix = tokens[0, : self.keep_rows * grid]
@@ -379,7 +379,7 @@ def describe(
     texts = torch.stack([encode_prompt(c, bpe, prior) for c in captions]).to(device)
     grid = prior.config.grid
     square = np.array(middle_square(image, dvae.config.factor * grid, grid))
-    pixels = torch.from_numpy(square).permute(2, 0, 1)[None].float().to(device) / 255
+    pixels = images_to(device, torch.from_numpy(square)[None])
     tokens = dvae.encode(pixels).flatten(1)
 
     def mean_log_prob(logits: Tensor, targets: Tensor) -> list[float]:

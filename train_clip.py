@@ -229,7 +229,7 @@ def main() -> None:
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
-        updates = training.Updates(world, args.dtype)
+        updates = training.Updates(args.dtype)
         for step in range(start, hp.steps):
             lr = cosine(step, hp.steps, hp.lr, 0) * min(1, (step + 1) / (hp.warmup_steps + 1))
             for group in optimizer.param_groups:
@@ -271,9 +271,7 @@ def main() -> None:
                         with training.going_on(path):
                             draw_cosines(val_pixels[:shown], shown_captions, part, path)
             if stop:
-                progress.close()
-                training.shut_down(world)
-                training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+                progress.stop(done, stop)
     progress.close()
     if world.is_main:
         scores = progress.shown

@@ -242,7 +242,7 @@ def main() -> None:
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size, "images")
-        updates = training.Updates(world, args.dtype)
+        updates = training.Updates(args.dtype)
         for step in range(start, hp.steps):
             lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
@@ -289,9 +289,7 @@ def main() -> None:
                         with training.going_on(run_dir / "dvae.png"):
                             draw_reconstructions(average.module, val_images, run_dir / "dvae.png")
             if stop:
-                progress.close()
-                training.shut_down(world)
-                training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+                progress.stop(done, stop)
     progress.close()
     if world.is_main:
         print(

@@ -445,7 +445,7 @@ def main() -> None:
 
         # ---- the loop
         progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
-        updates = training.Updates(world, args.dtype)
+        updates = training.Updates(args.dtype)
         for step in range(start, hp.steps):
             if step < hp.warmup_steps:
                 for group in optimizer.param_groups:
@@ -513,9 +513,7 @@ def main() -> None:
                                 run_dir / "samples.png",
                             )
             if stop:
-                progress.close()
-                training.shut_down(world)
-                training.fail(f"stopped after step {done} of {hp.steps}; go on with --resume", stop)
+                progress.stop(done, stop)
     progress.close()
     if world.is_main:
         print(

@@ -1,6 +1,6 @@
 """
-What the two trainers share: the command line, the launch under torchrun, the order of the data,
-schedules, checkpoints and the log.
+What the three trainers share: the command line, the launch under torchrun, the order of the data,
+the schedule, and what is logged and shown.
 
 Every random draw belongs to a sample. The data order, crops, flips and BPE dropout derive from
 the seed and the sample's position in the run, the relaxation's noise from the seed, the step,
@@ -255,8 +255,8 @@ class Updates:
     """Counts the updates that were skipped because a loss or gradient was not finite, and ends
     the run after too many in a row."""
 
-    def __init__(self, world: World, dtype: str):
-        self.world, self.skipped, self.in_a_row = world, 0, 0
+    def __init__(self, dtype: str):
+        self.skipped, self.in_a_row = 0, 0
         # in float16 a scale that is too large takes up to 125 updates for each division by √2 (D)
         self.most = 2000 if dtype == "fp16" else 100
 
@@ -299,9 +299,8 @@ class Interrupt:
 
     def ask(self, number: int, _) -> None:
         self.code = 128 + number
-        if (
-            number == signal.SIGINT
-        ):  # a scheduler sends SIGTERM to us and to torchrun, who passes it on
+        # A scheduler sends SIGTERM to us and to torchrun, who passes it on: two of them are one.
+        if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> int:
@@ -616,6 +615,12 @@ class Progress:
         cut = sum(count for _, count in seen)
         if cut:
             announce(self.world, f"{cut} captions were cut to the model's text length")
+
+    def stop(self, done: int, code: int) -> None:
+        """End a run that was asked to stop after step `done`, and has saved it. For all ranks."""
+        self.close()
+        shut_down(self.world)
+        fail(f"stopped after step {done} of {self.steps}; go on with --resume", code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The contrastive loss against loops, alone and over two processes; the reranker's training."""
 
 import itertools
-import json
 import math
 import shutil
 import signal
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from scripts import log_of
 
 import parallel
 import train_clip
@@ -248,10 +248,6 @@ def train(tmp_path, monkeypatch):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def log_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 MINI = ("--n-layer", "1", "--patch", "8")

@@ -1,19 +1,17 @@
 """Replicated, sharded, compressed, resumed by more or fewer processes: the same run."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, log_of
 
 import checkpoint
 import train_prior
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
 SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]
 
@@ -45,12 +43,8 @@ def together(run_dir, *options, processes=2):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def entries(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-
-
 def losses(run_dir):
-    return [e["loss"] for e in entries(run_dir) if "loss" in e]
+    return [e["loss"] for e in log_of(run_dir) if "loss" in e]
 
 
 def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
@@ -59,7 +53,7 @@ def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
     back, through both kinds of state."""
     one = new_run(tmp_path / "one")
     alone(monkeypatch, one, "--steps", "5")
-    rates = [entry["lr"] for entry in entries(one) if "lr" in entry]
+    rates = [entry["lr"] for entry in log_of(one) if "lr" in entry]
     assert rates == pytest.approx([2e-3 * k / 5 for k in range(1, 6)])  # the warm-up is linear
     half = shutil.copytree(one, tmp_path / "half")
     alone(monkeypatch, one, "--steps", "10", "--resume")

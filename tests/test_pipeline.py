@@ -1,9 +1,7 @@
 """From nothing to a picture, as a user would: both trainers, the sampler, the bad inputs."""
 
-import json
 import math
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import ROOT, log_of, run
 
 import sample
 import train_dvae
@@ -19,22 +18,6 @@ from bpe import BPE
 from data import toy_world
 from dvae import load_dvae
 from transformer import pad_text
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*command, code=0, **options):
-    """Run a script of the project in a process of its own; its stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **options
-    )
-    assert done.returncode == code, done.stderr[-2000:]
-    return done.stdout, done.stderr
-
-
-def log_of(run_dir, stage):
-    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["stage"] == stage]
 
 
 def last(run_dir, stage, name):

@@ -1,32 +1,15 @@
 """Interrupted and resumed, alone and with others: the same run."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*command, code=0, **options):
-    """Run a script of the project in a process of its own; its stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **options
-    )
-    assert done.returncode == code, done.stderr[-2000:]
-    return done.stdout, done.stderr
-
-
-def log_of(run_dir, stage):
-    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [entry for entry in entries if entry["stage"] == stage]
+from scripts import ROOT, log_of, run
 
 
 def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):

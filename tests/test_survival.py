@@ -22,6 +22,7 @@ import soak
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import log_of
 
 import checkpoint
 import judge
@@ -87,10 +88,6 @@ class Run:
 
     def complaints(self):
         return [line for line in self.said() if line.startswith(("train_", "warning", "Trace"))]
-
-
-def log_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

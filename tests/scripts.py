@@ -1,0 +1,23 @@
+"""Running the project's scripts from tests, and reading what they log."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, code=0, **options):
+    """Run a script of the project in a process of its own; its stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, **options
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def log_of(run_dir, *stages):
+    """The entries of a run's log; of these stages, or of all."""
+    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if not stages or entry["stage"] in stages]
