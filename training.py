@@ -391,6 +391,9 @@ def ignore_signals(_: int) -> None:
     """In a data loading process: they are for the trainer, which saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The thread that hands tensors over has nobody to complain to once the trainer was killed; what
+    # goes wrong with a sample travels to the trainer another way.
+    sys.excepthook = lambda *_: None
 
 
 def micro_batches(
