@@ -22,7 +22,7 @@ tiny: .venv/installed
 	$(BIN)/python train_dvae.py --tiny --run-dir $(RUN)
 	$(BIN)/python train_prior.py --tiny --run-dir $(RUN)
 	$(BIN)/python train_clip.py --tiny --run-dir $(RUN)
-	$(BIN)/python judge.py --run-dir $(RUN) --candidates 32 -o $(RUN)/rerank.png
+	$(BIN)/python -m lab.judge --run-dir $(RUN) --candidates 32 -o $(RUN)/rerank.png
 	$(BIN)/python sample.py "a red cube" --run-dir $(RUN) -o $(RUN)/red_cube.png
 
 lint: .venv/installed

@@ -34,11 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpe import BPE
-from checkpoint import load
 from clip import CLIP, load_clip
+from data.files import middle_square
+from data.sheets import check_output, contact_sheet, terminal, to_images, write
 from dvae import DVAE, load_dvae
-from pictures import check_output, contact_sheet, middle_square, terminal, to_images, write
-from training import derive, fail, images_to, newest_run, pick_device
+from engine.checkpoint import load
+from engine.run import derive, fail, images_to, newest_run, pick_device
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")

@@ -20,14 +20,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-import checkpoint
-import run_state
-import training
+import engine.run as training
 from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, load_clip, pad_text
-from data import open_dataset, preprocess_prior
-from parallel import all_finite, clip_gradients, replicate
-from training import announce, cosine, images_to
+from data.files import open_dataset
+from data.listings import preprocess_prior
+from engine import checkpoint, run_state
+from engine.run import announce, cosine, images_to
+from scale.parallel import all_finite, clip_gradients, replicate
 
 
 @dataclass

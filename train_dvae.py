@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
-import plan
-import run_state
-import training
-from data import open_dataset, preprocess_dvae, sheet
+import engine.run as training
+from data.files import open_dataset
+from data.listings import preprocess_dvae
+from data.sheets import sheet
 from dvae import DVAE, DVAEConfig, load_dvae
-from parallel import all_finite, averaging, clip_gradients, replicate
-from training import announce, cosine, images_to
+from engine import checkpoint, run_state
+from engine.run import announce, cosine, images_to
+from lab import plan
+from scale.parallel import all_finite, averaging, clip_gradients, replicate
 
 
 @dataclass

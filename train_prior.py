@@ -24,15 +24,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
-import plan
-import run_state
+import engine.run as training
 import train_dvae
-import training
 from bpe import BPE
-from data import ToyWorld, open_dataset, preprocess_prior, sheet
+from data.files import Pictures, open_dataset
+from data.listings import preprocess_prior
+from data.sheets import sheet
+from data.toy import ToyWorld
 from dvae import DVAE, DVAEConfig, load_dvae, load_openai
-from parallel import (
+from engine import checkpoint, run_state
+from engine.run import announce, images_to
+from lab import plan
+from scale.gradient_scales import GradientScales
+from scale.parallel import (
     Loss,
     all_finite,
     averaging,
@@ -43,10 +47,7 @@ from parallel import (
     replicate,
     shard,
 )
-from powersgd import PowerSGD
-from scaling import GradientScales
-from sources import Pictures
-from training import announce, images_to
+from scale.powersgd import PowerSGD
 from transformer import Transformer, TransformerConfig, load_transformer, pad_text
 
 

@@ -29,8 +29,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from toy import toy_world  # noqa: E402
+from data.toy import toy_world  # noqa: E402
+from engine import checkpoint  # noqa: E402
 
 # Miniatures that save often. A step takes some 10 ms, a save with its pictures some 100.
 MINI = ["--tiny", "--batch-size", "4", "--log-every", "5", "--eval-every", "10"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import bench
-from bench import DVAEConfig, Transformer, TransformerConfig, attention_mask, layer_kind
+from lab import bench
+from lab.bench import DVAEConfig, Transformer, TransformerConfig, attention_mask, layer_kind
 
 SMALL = TransformerConfig(3, 2, 4, text_len=5, grid=8, text_vocab=20, image_vocab=13, kernel=3)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import claims
-from claims import Outcome, Range, gradient_ranges, train, wilson
-from curves import Panel, Series
+from engine.log import Panel, Series
+from lab import claims
+from lab.claims import Outcome, Range, gradient_ranges, train, wilson
 from transformer import Transformer, TransformerConfig, pad_text
 
 

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from scripts import log_of
 
-import parallel
+import engine.run as training
 import train_clip
-import training
 from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, load_clip
+from data.toy import BACKGROUNDS, PAIRS, SEEN_PAIRS, SIZES, Scene, Thing, render
 from dvae import load_dvae
-from toy import BACKGROUNDS, PAIRS, SEEN_PAIRS, SIZES, Scene, Thing, render
-from training import images_to
+from engine.run import images_to
+from scale import parallel
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained/tiny"
 SMALL = CLIPConfig(image_size=8, patch=4, d_image=16, text_vocab=20, text_len=6, d_text=8,

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-import curves
-from curves import Axis, Panel, Series, layout, log_ticks, plot, tick_label, ticks
+import engine.log as curves
+from engine.log import Axis, Panel, Series, layout, log_ticks, plot, tick_label, ticks
 
 values = st.floats(-1e12, 1e12).filter(lambda v: v == 0 or abs(v) > 1e-12)
 

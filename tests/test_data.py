@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import sources
-import toy
-import training
-from data import open_dataset, preprocess_dvae, preprocess_prior, toy_scene, toy_world
-from sources import read_image
+import data.files as sources
+import engine.run as training
+from data import toy
+from data.files import open_dataset, read_image
+from data.listings import preprocess_dvae, preprocess_prior
+from data.toy import toy_scene, toy_world
 
 
 def pairs_in(caption):
@@ -378,12 +378,12 @@ def test_img2dataset_shards(tmp_path):
                ("2.webp", picture), ("2.json", json.dumps(about).encode()), ("3.jpg", picture),
                ("4.txt", b"no picture"), ("5.cls", b"7")]  # fmt: skip
     write_tar(tmp_path / "0.tar", members)
-    tars = data.open_pictures(str(tmp_path / "0.tar"), True, False)
+    tars = sources.open_pictures(str(tmp_path / "0.tar"), True, False)
     assert [tars.captions_of(i) for i in range(len(tars))] == [["from text"], [], ["from json"]]
     assert tars.counts() == "3 pictures, 1 without a caption"
     with pytest.raises(ValueError, match=r"^unreadable: .*0.tar/1.jpg cannot be read \(its"):
         tars[1]
-    assert len(data.open_pictures(str(tmp_path / "0.tar"), False, False)) == 4
+    assert len(sources.open_pictures(str(tmp_path / "0.tar"), False, False)) == 4
 
 
 def numbered_shards(root, sizes):
@@ -406,7 +406,7 @@ def test_tars_over_ranks_and_workers(tmp_path):
     """Two ranks with two workers each: no sample twice in an epoch, fewer than a batch left out,
     the same steps as one process; each rank reads its own shards."""
     n, batch_size = numbered_shards(tmp_path, [40, 25, 7, 1, 38, 30, 33, 29]), 8
-    tars = data.open_pictures(str(tmp_path / "*.tar"), False, False)
+    tars = sources.open_pictures(str(tmp_path / "*.tar"), False, False)
     samples, per_epoch = training.Samples(tars, number_of, seed=3), n // batch_size
 
     def steps(rank, size, micro_batch, workers, start=0):
@@ -437,8 +437,8 @@ def test_epochs_differ(tmp_path, monkeypatch):
     """In the order of the shards, and in what is left out even of a single one."""
     sizes = [9, 8, 10, 7]
     numbered_shards(tmp_path, sizes)
-    tars = data.open_pictures(str(tmp_path / "*.tar"), False, False)
-    one = data.open_pictures(str(tmp_path / "02.tar"), False, False)
+    tars = sources.open_pictures(str(tmp_path / "*.tar"), False, False)
+    one = sources.open_pictures(str(tmp_path / "02.tar"), False, False)
     left_out = [set(range(10)) - set(one.order(seed, 4).tolist()) for seed in range(30)]
     assert {len(some) for some in left_out} == {2} and len(set().union(*left_out)) == 10
     monkeypatch.setattr(sources, "WINDOW", 1)  # nothing is shuffled within a shard
@@ -452,7 +452,7 @@ def test_epochs_differ(tmp_path, monkeypatch):
 
 def test_a_small_tar_is_cycled(tmp_path):
     numbered_shards(tmp_path, [3])
-    tars = data.open_pictures(str(tmp_path / "00.tar"), False, False)
+    tars = sources.open_pictures(str(tmp_path / "00.tar"), False, False)
     samples = training.Samples(tars, number_of, seed=0)
     epochs = np.array([samples.item(position, 8) for position in range(12)]).reshape(4, 3)
     assert (np.sort(epochs) == range(3)).all()
@@ -461,7 +461,7 @@ def test_a_small_tar_is_cycled(tmp_path):
 def test_shards_must_be_there_and_whole(tmp_path):
     numbered_shards(tmp_path, [5, 5, 5])
     spec = str(tmp_path / "{00..02}.tar")
-    assert len(data.open_pictures(spec, False, False)) == 15
+    assert len(sources.open_pictures(spec, False, False)) == 15
     with pytest.raises(ValueError, match="holds 15 images and no captions"):
         open_dataset(spec, 32)
     whole = (tmp_path / "01.tar").read_bytes()
@@ -472,7 +472,7 @@ def test_shards_must_be_there_and_whole(tmp_path):
         with pytest.raises(ValueError, match=r"01.tar is not a whole \.tar"):
             open_dataset(spec, 32)
     (tmp_path / "01.tar").write_bytes(whole[:end] + bytes(512))
-    assert len(data.open_pictures(spec, False, False)) == 15
+    assert len(sources.open_pictures(spec, False, False)) == 15
     (tmp_path / "01.tar").write_bytes(whole[:2048] + b"x" + whole[2049:])  # a bit of a header
     with pytest.raises(ValueError, match="01.tar is not a whole"):
         open_dataset(spec, 32)
@@ -515,7 +515,7 @@ def test_captions_of_any_encoding(tmp_path):
         rb'{"path": "x.png", "text": "\ud83d\u0007 half \ufeffpair"}'
     )
     for name, caption in (("a.csv", "Gr\ufffd\ufffde, ok"), ("a.jsonl", "\ufffd  half  pair")):
-        table = data.open_pictures(str(tmp_path / name), True, False)
+        table = sources.open_pictures(str(tmp_path / name), True, False)
         assert table[0][1] == table.captions_of(0) == [caption]
 
 
@@ -559,7 +559,7 @@ def test_filters(tmp_path):
         (tmp_path / f"{k:02}.txt").write_text(caption, encoding="utf-8")
     (tmp_path / "99.png").write_bytes(flat("RGB", "red"))
     (tmp_path / "99.txt").write_text("IMG_1\na good one\n")
-    pictures = data.open_pictures(str(tmp_path), True, True)
+    pictures = sources.open_pictures(str(tmp_path), True, True)
     found = Counter()
     for i, (caption, _, why) in enumerate(pairs):
         if why:
@@ -571,6 +571,6 @@ def test_filters(tmp_path):
         assert pictures.captions_of(i) == ([] if why and "caption" in why else [caption])
     assert found == Counter(filter(None, [*cases.values(), *shapes.values()]))
     assert pictures[len(pairs)][1] == ["a good one"]
-    unfiltered = data.open_pictures(str(tmp_path), True, False)
+    unfiltered = sources.open_pictures(str(tmp_path), True, False)
     assert [unfiltered[i][1] for i in range(len(pairs))] == [[caption] for caption, *_ in pairs]
     assert sources.MIN_WORDS == 2

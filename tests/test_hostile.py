@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import training
+import engine.run as training
 from bpe import BPE
-from data import open_pictures, preprocess_dvae, preprocess_prior, sheet
-from sources import MAX_TEXT, captions_in, read_image, tidy
+from data.files import MAX_TEXT, captions_in, open_pictures, read_image, tidy
+from data.listings import preprocess_dvae, preprocess_prior
+from data.sheets import sheet
 
 fuzz = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scripts import ROOT, log_of
 
-import checkpoint
 import train_prior
+from engine import checkpoint
 
 SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
 SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]

@@ -15,7 +15,7 @@ import sample
 import train_dvae
 import train_prior
 from bpe import BPE
-from data import toy_world
+from data.toy import toy_world
 from dvae import load_dvae
 from transformer import pad_text
 

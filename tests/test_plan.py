@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-import plan
 import train_dvae
 import train_prior
+from lab import plan
 from transformer import Transformer, TransformerConfig, pad_text
 
 CONFIG = TransformerConfig(

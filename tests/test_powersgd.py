@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import powersgd
-import run_state
-from powersgd import PowerSGD, pieces, sent
+from engine import run_state
+from scale import powersgd
+from scale.powersgd import PowerSGD, pieces, sent
 
 
 def test_tables_1_and_2():

@@ -30,9 +30,9 @@ def test_every_name_exists(title):
     checked = 0
     for line in lines:
         module = None
-        for name in re.findall(r"`([A-Za-z_.0-9]+)`", line.split(" | ")[-1]):
+        for name in re.findall(r"`([A-Za-z_.0-9/]+)`", line.split(" | ")[-1]):
             if name.endswith(".py"):
-                module = importlib.import_module(name.removesuffix(".py"))
+                module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
                 checked += 1
             else:
                 found = module
@@ -50,10 +50,12 @@ def test_every_part_of_the_paper_has_a_row():
 def test_every_picture_link_and_script_exists():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).is_file(), path
-    for name in re.findall(r"(?:`|python |torchrun [^\n`]*?)(\w+\.py)", README):
+    for name in re.findall(r"(?:`|python |torchrun [^\n`]*?)([\w/]+\.py)", README):
         assert (ROOT / name).is_file(), name
 
 
 def test_every_file_is_in_the_table():
-    named = {name for row in rows("The files") for name in re.findall(r"`(\w+\.py)`", row[0])}
-    assert named == {path.name for path in ROOT.glob("*.py")}
+    named = {name for row in rows("The files") for name in re.findall(r"`([\w/]+\.py)`", row[0])}
+    rooms = [p for room in ("data", "engine", "scale", "lab") for p in (ROOT / room).glob("*.py")]
+    files = {str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *rooms]}
+    assert named == {f for f in files if not f.endswith("__init__.py")}

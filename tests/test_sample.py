@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
-import judge
 import sample
 from bpe import BPE
 from clip import CLIP, CLIPConfig
+from data.files import middle_square
 from dvae import DVAE, DVAEConfig
-from pictures import middle_square
+from lab import judge
 from sample import Drawing, describe, draw
 from transformer import Transformer, TransformerConfig, pad_text
 

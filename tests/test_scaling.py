@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scaling import GradientScales
+from scale.gradient_scales import GradientScales
 
 DEPTH, WIDTH = 8, 16
 

@@ -24,16 +24,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import log_of
 
-import checkpoint
-import judge
-import run_state
+import engine.run as training
 import train_clip
 import train_dvae
 import train_prior
-import training
 from bpe import BPE
 from clip import CLIP, CLIPConfig, load_clip
 from dvae import DVAE, DVAEConfig, load_dvae
+from engine import checkpoint, run_state
+from lab import judge
 from transformer import Transformer, TransformerConfig, load_transformer
 
 ROOT = Path(__file__).resolve().parent.parent

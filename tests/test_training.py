@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import checkpoint
+import engine.run as training
 import train_dvae
 import train_prior
-import training
-from training import World, cosine
+from engine import checkpoint
+from engine.run import World, cosine
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -7,7 +7,7 @@ the seed and the sample's position in the run, the relaxation's noise from the s
 the rank and the micro-batch. So no generator's state is ever saved, a resumed run repeats an
 uninterrupted one, and the data do not depend on the number of processes.
 
-    python training.py RUN...    # curves.png: the logs of runs over each other
+    python -m engine.log RUN...    # curves.png: the logs of runs over each other
 
 What is not here: the loop itself, which each trainer spells out.
 """
@@ -37,8 +37,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
-from curves import draw_curves
+from engine import checkpoint
+from engine.log import draw_curves
 
 # ----------------------------------------------------------------------------- the door
 
@@ -624,9 +624,3 @@ class Progress:
         self.close()
         shut_down(self.world)
         fail(f"stopped after step {done} of {self.steps}; go on with --resume", code)
-
-
-if __name__ == "__main__":
-    import curves
-
-    curves.main()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvae import DVAE, DVAEConfig
-from parallel import checkpoint_activations
+from scale.parallel import checkpoint_activations
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
 GB = 1e9

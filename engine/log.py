@@ -1,8 +1,8 @@
 """
 Curves of training runs, and the small plots of claims.py, drawn with Pillow alone.
 
-    python training.py runs/tiny                  # curves.png from its log.jsonl
-    python training.py runs/a runs/b -o both.png  # several runs in one picture
+    python -m engine.log runs/tiny                  # curves.png from its log.jsonl
+    python -m engine.log runs/a runs/b -o both.png  # several runs in one picture
 
 A picture is a grid of panels; each panel has its own two axes, linear or logarithmic, that begin
 and end at a tick. The built-in font of Pillow knows no Greek: tau and beta are spelled out.
@@ -406,7 +406,7 @@ def draw_curves(run_dirs: list[str | Path], out: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from training import door, fail
+    from engine.run import door, fail
 
     parser = argparse.ArgumentParser(description="Draw the curves of runs over each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
@@ -416,3 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     with door():
         draw_curves(args.runs, args.out)
     print(f"{args.out}: {', '.join(args.runs)}")
+
+
+if __name__ == "__main__":
+    main()

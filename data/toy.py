@@ -214,3 +214,26 @@ def toy_world(
     scene = toy_scene(index, split)
     seed = index * len(SPLITS) + SPLITS.index(split)
     return render(scene, image_size, seed if noise else None), scene.caption
+
+
+class ToyWorld:
+    """The toy world as a data set: item i is (PIL image, [caption])."""
+
+    name = "toy"
+    shuffle = False  # its indices are random already
+
+    def __init__(self, image_size: int, split: str):
+        self.image_size, self.split = image_size, split
+
+    def __len__(self) -> int:
+        return 2**31  # endless for every practical purpose
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        pixels, caption = toy_world(index, self.image_size, self.split)
+        return Image.fromarray(pixels), [caption]
+
+    def captions_of(self, index: int) -> list[str]:
+        return [toy_scene(index, self.split).caption]
+
+    def counts(self) -> str:
+        return "endless pictures"

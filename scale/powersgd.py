@@ -15,7 +15,7 @@ they miss is kept in an error buffer and added to the next gradient: nothing is 
 With parameters sharded among the m GPUs of a machine, each GPU compresses its own shards, with
 rank r / m, together with the GPUs that hold the same shards on the other machines.
 
-    python powersgd.py           # the compression rates of Tables 1 and 2
+    python -m scale.powersgd           # the compression rates of Tables 1 and 2
 
 What is not here: the paper's Householder kernel (torch's QR is Householder) and its 1-6-9 format
 for P and Q', which travel in 32 bits.

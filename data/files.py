@@ -10,13 +10,19 @@ the trainer takes another one and counts. Files may be anyone's: whatever is in 
 item raises nothing else, and nothing is ever written or run.
 """
 
+import argparse
+import copy
 import csv
 import io
 import json
 import os
+import random
 import re
+import sys
 import tarfile
+import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -27,6 +33,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.listings import area_resize, crop_square, preprocess_prior
+from data.sheets import sheet
+from data.toy import SPLITS, ToyWorld
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # by content, whatever the suffix says
@@ -34,6 +44,7 @@ MAX_BYTES = 2**28  # of an image file
 MAX_TEXT = 2**16  # of a caption file; what follows is not read
 MAX_JSON = 2**20
 MIN_WORDS = 2  # in a caption; the paper gives no number (C)
+HELD_OUT = 0.05  # the share kept for validation where no other data is named
 WINDOW = 1024  # samples of a tar among which the order is random
 
 # ----------------------------------------------------------------------------- one picture
@@ -73,6 +84,28 @@ def to_rgb(img: Image.Image) -> Image.Image:
         white = Image.new("RGBA", img.size, "white")
         img = Image.alpha_composite(white, img.convert("RGBA"))
     return img.convert("RGB")
+
+
+def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
+    """The middle square of a picture at size × size pixels, RGB: the centre of Listing 2.
+
+    ValueError for what cannot be read, or has fewer pixels to a side than the grid has tokens.
+    """
+    name = "the image"
+    if not isinstance(image, Image.Image):
+        name = str(image)
+        try:
+            image = read_image(Path(image).read_bytes())
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{name} cannot be read as an image ({reason})") from error
+    if min(image.size) < grid:
+        raise ValueError(
+            f"{name} is tiny: {image.width} × {image.height} pixels; this model cuts a picture "
+            f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
+        )
+    x, y = ((side - min(image.size)) // 2 for side in image.size)
+    return area_resize(crop_square(to_rgb(image), x, y, size), size)
 
 
 # ----------------------------------------------------------------------------- captions
@@ -513,3 +546,97 @@ class OpenShard:
 
 
 open_shard = lru_cache(maxsize=64)(OpenShard)  # in each process; reads say where, so it is shared
+
+
+# ----------------------------------------------------------------------------- data sets by name
+
+
+def split(pictures: Pictures) -> tuple[Pictures, Pictures]:
+    """(train, val): a fixed share is held out, chosen by a hash of each name, at least one."""
+    if len(pictures) < 2:
+        raise ValueError(f"{pictures.name} holds 1 usable image: at least 2 are needed")
+    names = (os.path.splitext(pictures.files[k])[0] for k in range(len(pictures)))
+    hashes = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
+    ranked = np.argsort(hashes, kind="stable")
+    n_val = max(1, round(HELD_OUT * len(ranked)))
+    train, val = copy.copy(pictures), copy.copy(pictures)
+    train.index, val.index = np.sort(ranked[n_val:]), np.sort(ranked[:n_val])
+    return train, val
+
+
+def open_pictures(spec: str, captions: bool, filters: bool) -> Pictures:
+    if spec.lower().endswith(".tar"):
+        return Tars(spec, captions, filters)
+    if spec.lower().endswith(TABLE_SUFFIXES):
+        return Table(Path(spec), captions, filters)
+    return Folder(Path(spec), captions, filters)
+
+
+def open_dataset(
+    spec: str,
+    image_size: int,
+    val: str | None = None,
+    captions: bool = True,
+    filters: bool = False,
+) -> tuple[ToyWorld | Pictures, ToyWorld | Pictures]:
+    """(train, val) data sets of a spec: `toy`, a folder of images, a table (.tsv .csv .jsonl) of
+    image paths and captions, or WebDataset shards such as `shards/{000..031}.tar` or `*.tar`.
+
+    Without `val`, a spec of its own, a fixed share of the data is held out. With `filters`,
+    captions and images that the paper would drop (C) are passed over. ValueError where the spec
+    names nothing usable.
+    """
+    if spec == "toy":
+        train, held_out = ToyWorld(image_size, "train"), ToyWorld(image_size, "val")
+    elif val:
+        train, held_out = open_pictures(spec, captions, filters), None
+    else:
+        train, held_out = split(open_pictures(spec, captions, filters))
+    if val == "toy":
+        held_out = ToyWorld(image_size, "val")
+    elif val:
+        held_out = open_pictures(val, captions, filters)
+    return train, held_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count a data set and draw a sheet of it.")
+    parser.add_argument("spec", nargs="?", default="toy", help="toy (default), folder, table, tars")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="of the toy world")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
+    parser.add_argument("--filters", action="store_true", help="pass over what the paper drops (C)")
+    parser.add_argument("-o", "--out", help="default toy.png or data.png")
+    args = parser.parse_args()
+    out = args.out or ("toy.png" if args.spec == "toy" else "data.png")
+    size, rng = args.image_size, random.Random(0)
+    try:
+        if args.spec == "toy":
+            pictures = ToyWorld(size, args.split)
+        else:
+            pictures = open_pictures(args.spec, True, args.filters)
+        print(f"{pictures.name}: {pictures.counts()}")
+        cells, faults, began = [], [], time.perf_counter()
+        for i in range(min(400, len(pictures))):
+            try:
+                img, captions = pictures[i]
+                cells.append((preprocess_prior(img, size, rng), captions[0]))
+            except ValueError as error:
+                faults.append(str(error))
+        rate = len(cells) / (time.perf_counter() - began)
+        for fault in faults[:5]:
+            print(fault)
+        if not cells:
+            raise ValueError(f"no usable picture among the first {len(faults)} of {args.spec}")
+        rows = [[pixels for pixels, _ in cells[r : r + 8]] for r in range(0, 40, 8)]
+        captions = [[caption for _, caption in cells[r : r + 8]] for r in range(0, 40, 8)]
+        rows = [row for row in rows if row]
+        sheet(rows, captions, max(1, 128 // size)).save(out)
+    except (OSError, ValueError) as error:
+        print(f"data.files: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{len(cells)} pictures read, {len(faults)} passed over, {rate:.0f} a second on one core")
+    print(f"{out}: the first {min(40, len(cells))} of them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """
 How fast this code is: against the machine's limit, and against others where they are installed.
 
-    python bench.py                        # a table, in a few minutes on two cores
-    python bench.py --peers                # beside dalle-pytorch, tokenizers and dense attention
-    python bench.py --only prior generate-8 --threads 1
-    python bench.py --device cuda          # the base preset, in bfloat16
+    python -m lab.bench                        # a table, in a few minutes on two cores
+    python -m lab.bench --peers                # beside dalle-pytorch, tokenizers, dense attention
+    python -m lab.bench --only prior generate-8 --threads 1
+    python -m lab.bench --device cuda          # the base preset, in bfloat16
 
 The limit of a piece of work is what its matrix products would take at the rate of a large product,
 or its bytes at the read bandwidth, whichever is longer; both are measured between the rounds of
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bpe import BPE
 from dvae import DVAE, Conv2d, DVAEConfig
-from training import fail
+from engine.run import fail
 from transformer import (  # fmt: skip
     Attention,
     Linear,
@@ -600,8 +600,18 @@ def main() -> None:
     threads = {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
     lines, env = {}, {**os.environ, **threads}
     for name in args.only or WORKS:
-        command = [sys.executable, __file__, "--child", "--only", name, "--device", args.device]
-        command += ["--threads", str(args.threads), *["--peers"] * args.peers]
+        command = [
+            sys.executable,
+            "-m",
+            "lab.bench",
+            "--child",
+            "--only",
+            name,
+            "--device",
+            args.device,
+        ]
+        command += ["--threads", str(args.threads)]
+        command += ["--peers"] * args.peers
         child = subprocess.run(command, capture_output=True, text=True, env=env)
         if child.returncode:
             fail(f"{name} failed: {child.stderr.strip() or child.returncode}", 1)

@@ -12,31 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-import checkpoint
-from data import area_resize, crop_square
-from sources import read_image, to_rgb
-
-
-def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Image.Image:
-    """The middle square of a picture at size × size pixels, RGB: the centre of Listing 2.
-
-    ValueError for what cannot be read, or has fewer pixels to a side than the grid has tokens.
-    """
-    name = "the image"
-    if not isinstance(image, Image.Image):
-        name = str(image)
-        try:
-            image = read_image(Path(image).read_bytes())
-        except (ValueError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{name} cannot be read as an image ({reason})") from error
-    if min(image.size) < grid:
-        raise ValueError(
-            f"{name} is tiny: {image.width} × {image.height} pixels; this model cuts a picture "
-            f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
-        )
-    x, y = ((side - min(image.size)) // 2 for side in image.size)
-    return area_resize(crop_square(to_rgb(image), x, y, size), size)
+from engine import checkpoint
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -108,3 +84,26 @@ def write(image: Image.Image, path: Path, record: str = "", **options) -> None:
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_text("dalle", record)
     checkpoint.write(path, lambda file: image.save(file, kind, **options))
+
+
+def sheet(
+    rows: list[list[np.ndarray]], captions: list[list[str]] | None = None, scale: int = 1
+) -> Image.Image:
+    """Rows of equal-sized uint8 [H, W, 3] images as one picture, each enlarged `scale` times,
+    each with its caption below it where there are captions. The first row is the longest."""
+    height, width = rows[0][0].shape[:2]
+    cell_w, cell_h = width * scale + 4, height * scale + 4
+    text_h = 62 if captions else 0  # four lines
+    picture = Image.new("RGB", (len(rows[0]) * cell_w, len(rows) * (cell_h + text_h)), "white")
+    draw = ImageDraw.Draw(picture)
+    for r, row in enumerate(rows):
+        for c, pixels in enumerate(row):
+            img = Image.fromarray(pixels).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
+            x, y = c * cell_w + 2, r * (cell_h + text_h) + 2
+            picture.paste(img, (x, y))
+            if captions:
+                wrapped = textwrap.wrap(captions[r][c], width * scale // 6)
+                draw.multiline_text((x, y + height * scale), "\n".join(wrapped[:4]), "black")
+    return picture

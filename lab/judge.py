@@ -6,9 +6,9 @@ pairs alike, blurred and noisy at random, since a model's pictures are. Then it 
 the dVAE on held-out renders, and one sample for each of many one-object captions, of seen pairs
 of colour and shape and of pairs that no training picture or caption held (3.3).
 
-    python judge.py                        # the newest run, else pretrained/tiny
-    python judge.py --run-dir runs/tiny --prompts 200
-    python judge.py --candidates 64        # also the best of N by clip.pt: a table, rerank.png
+    python -m lab.judge                        # the newest run, else pretrained/tiny
+    python -m lab.judge --run-dir runs/tiny --prompts 200
+    python -m lab.judge --candidates 64        # also the best of N by clip.pt: a table, rerank.png
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from curves import COLORS as LINES
-from curves import Panel, Series, plot
-from data import COLORS, SHAPES, Scene, render, toy_scene, toy_world
-from pictures import check_output
+from data.sheets import check_output
+from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
+from engine.log import COLORS as LINES
+from engine.log import Panel, Series, plot
+from engine.run import derive, door, fail
 from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity
-from training import derive, door, fail
 
 SIZE = 32  # pixels, of the toy world the judge knows
 FRESH = 10**12  # no model trains on toy pictures this far out

@@ -1,7 +1,7 @@
 """
 The paper's claims again, in miniature: each on the toy world, within 20 minutes on two CPU cores.
 
-    python claims.py relaxation     # or kl-weight, rerank, unseen, underflow
+    python -m lab.claims relaxation     # or kl-weight, rerank, unseen, underflow
 
 Prints what the paper says beside what was measured here, and whether it holds at this size, and
 writes both as claims/NAME.json and claims/NAME.png. Models that have to be trained for a claim
@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clip import load_clip
-from curves import COLORS, Panel, Series, plot
-from judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
+from data.toy import COLORS as HUES
+from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
+from engine.log import COLORS, Panel, Series, plot
+from engine.run import fail, images_to
+from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
 from sample import SHIPPED, encode_prompt, load_run
-from toy import COLORS as HUES
-from toy import SHAPES, UNSEEN_PAIRS, toy_world
-from training import fail, images_to
 from transformer import Transformer
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/claims")
 SEEDS, STEPS = (0, 1, 2), 1000
 
@@ -392,7 +392,7 @@ def table(columns: list[str], rows: list[list]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Re-run one claim of the paper in miniature.")
     parser.add_argument("claim", choices=CLAIMS, metavar="NAME", help=", ".join(CLAIMS))
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("claims"))
+    parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("docs/claims"))
     parser.error = fail
     args = parser.parse_args()
     says = " ".join(CLAIMS[args.claim].__doc__.split())

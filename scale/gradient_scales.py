@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from powersgd import local
+from scale.powersgd import local
 
 
 def filtered(grad: Tensor) -> Tensor:

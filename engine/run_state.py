@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from checkpoint import cause, check_config, load, save, write
-from powersgd import PowerSGD
-from training import World, announce
+from engine.checkpoint import cause, check_config, load, save, write
+from engine.run import World, announce
+from scale.powersgd import PowerSGD
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What is measured and planned: the judge, the claims, speed, costs, figures (3)."""
