@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 # ----------------------------------------------------------------------------- files
 
@@ -63,6 +64,22 @@ def load(path: Path) -> dict:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
     return state
+
+
+def load_model(path: Path, Model: type, Config: type) -> nn.Module:
+    """The model in a dvae.pt, prior.pt or clip.pt, on the CPU, for evaluation. ValueError where the
+    file is something else."""
+    state = load(path)
+    try:
+        with torch.device("meta"):  # no time for initial weights
+            model = Model(Config(**state["config"]))
+        model.to_empty(device="cpu").load_state_dict(state["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} does not hold a {Model.__name__} of this project ({reason})"
+        ) from error
+    return model.eval()
 
 
 def check_config(path: Path, found: dict, expected) -> None:

@@ -1,0 +1,156 @@
+"""
+The command line: options out of configs and presets, the device, and how a script ends.
+
+A script's last line is `start(main)`: the one place where an error becomes a line and an exit code.
+2 is bad input, found before anything was done; 1 a run that failed, with advice; 130 and 143 are
+Ctrl-C and SIGTERM. `DALLE_DEBUG=1` shows the traceback instead, to people who edit.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class Stop(Exception):
+    """Ends the program with a line on standard error and an exit code.
+
+    Under torchrun the first process of each machine speaks for all, unless the trouble is this
+    process's `alone`.
+    """
+
+    def __init__(self, message: str, code: int = 1, alone: bool = False):
+        super().__init__(message)
+        self.code, self.alone = code, alone
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a script's main. Whatever ends it early becomes one line and an exit code."""
+    try:
+        main()
+    except Stop as stop:
+        end(stop)
+    except (ValueError, OSError) as error:
+        end(Stop(str(error), 2), error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        end(Stop("out of memory: try a smaller --batch-size", 1, alone=True), error)
+    except KeyboardInterrupt:
+        end(Stop("stopped", 130))
+
+
+def end(stop: Stop, error: Exception | None = None) -> None:
+    error = error or stop.__cause__
+    if error and os.environ.get("DALLE_DEBUG"):
+        raise error
+    if stop.alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line is to stand alone, and last
+            bar.close()
+        print(f"{Path(sys.argv[0]).name}: {stop}", file=sys.stderr)
+    sys.exit(stop.code)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and nothing else."""
+
+    def error(self, message: str) -> None:
+        raise Stop(message, 2)
+
+
+def trainer_parser(description: str, presets: dict, *configs: type) -> Parser:
+    """The options every trainer has, and one for each field of the config classes."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--preset", choices=presets, help="sizes and schedules")
+    preset.add_argument("--tiny", dest="preset", action="store_const", const="tiny")
+    add("--data", metavar="SPEC", help="toy (default), a folder of images, a table "
+        "(.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'")  # fmt: skip
+    add("--filters", action="store_true", help="drop what the paper drops (C)")
+    add("--val", metavar="SPEC", help="default: a fixed share is held out")
+    add("--run-dir", metavar="DIR", type=Path)
+    add("--micro-batch", type=int, help="samples per process and pass")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda, mps or cpu; default: the best one there")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes")
+    add("--resume", action="store_true", help="continue the run in --run-dir")
+    add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
+    for config in configs:
+        group = parser.add_argument_group(f"fields of {config.__name__}, the paper's by default")
+        for field in fields(config):
+            names = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
+            group.add_argument(*sorted(names), type=field.type, metavar="N")
+    return parser
+
+
+def choose(config: type, preset: dict, args: argparse.Namespace):
+    """A config from the paper's defaults, overridden by a preset, overridden by options.
+
+    Where --steps alone is given, the schedules shrink or grow in proportion: fields named
+    `…_steps` keep their share of `steps`.
+    """
+    names = [field.name for field in fields(config)]
+    values = asdict(config()) | {k: v for k, v in preset.items() if k in names}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if given.get("steps", 0) > 0:
+        for name in names:
+            if name.endswith("_steps") and values[name]:
+                values[name] = max(1, round(values[name] * given["steps"] / values["steps"]))
+    return config(**values | given)
+
+
+def check_ranges(hp) -> None:
+    """ValueError for a training config with numbers that no run could use."""
+    for field in fields(hp):
+        name, value = field.name, getattr(hp, field.name)
+        option = f"--{name.replace('_', '-')}"
+        least = int(name in ("steps", "plateau_steps") or name.endswith(("_every", "_size")))
+        shares = ("beta1", "beta2", "ema", "bpe_dropout", "caption_dropout")
+        most = 1 if name in shares else math.inf
+        if not least <= value <= most or value == math.inf:
+            raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")
+        if value == 1 and name in ("beta1", "beta2", "ema"):
+            raise ValueError(f"{option} is 1: nothing would ever move; expected less")
+
+
+def check_batches(batch_size: int, micro_batch: int | None, processes: int) -> int:
+    """The micro-batch size; ValueError where the processes do not divide the batch."""
+    if processes < 1:
+        raise ValueError(f"{processes} processes: expected at least 1")
+    if micro_batch is None and batch_size % processes == 0:
+        return batch_size // processes
+    if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * processes):
+        parts = f"{processes} process(es)"
+        if micro_batch:
+            parts += f" × --micro-batch {micro_batch}"
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {parts}")
+    return micro_batch
+
+
+def newest_run(*names: str) -> Path | None:
+    """The run directory under runs/ that holds all of these files, the first of them newest."""
+    found = [p.parent for p in Path("runs").glob(f"*/{names[0]}")]
+    found = [run for run in found if all((run / name).is_file() for name in names)]
+    return max(found, key=lambda run: (run / names[0]).stat().st_mtime, default=None)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best one there. ValueError for one that is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    name = name or there[0]
+    known = re.fullmatch(rf"({'|'.join(there)})(:\d{{1,3}})?", name)
+    count = torch.cuda.device_count() if name.startswith("cuda") else 1
+    if not known or int((known[2] or ":0")[1:]) >= count:
+        raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
+    return torch.device(name)
