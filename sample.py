@@ -36,10 +36,11 @@ from tqdm import tqdm
 from bpe import BPE
 from clip import CLIP, load_clip
 from data.files import middle_square
+from data.loader import derive, images_to
 from data.sheets import check_output, contact_sheet, terminal, to_images, write
 from dvae import DVAE, load_dvae
 from engine.checkpoint import load
-from engine.run import derive, fail, images_to, newest_run, pick_device
+from engine.cli import Stop, newest_run, pick_device, start
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
@@ -401,6 +402,11 @@ def describe(
 
 # ---- python sample.py ----------------------------------------------------------------------------
 
+
+def fail(message: str, code: int = 2) -> None:
+    raise Stop(message, code)
+
+
 EXAMPLES = """examples:
   sample.py "a red cube" "a blue sphere"                      two pictures, side by side
   sample.py "a red cube" --candidates 64 --top 4              draw 64, keep the best 4 (2.6)
@@ -563,4 +569,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -12,43 +12,25 @@ prior_state.pt, all that --resume needs; log.jsonl; samples.png, drawn from held
 import argparse
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim import AdamW
 
-import engine.run as training
-import train_dvae
 from bpe import BPE
-from data.files import Pictures, open_dataset
+from data.files import open_dataset
 from data.listings import preprocess_prior
 from data.sheets import sheet
-from data.toy import ToyWorld
-from dvae import DVAE, DVAEConfig, load_dvae, load_openai
-from engine import checkpoint, run_state
-from engine.run import announce, images_to
-from lab import plan
-from scale.gradient_scales import GradientScales
-from scale.parallel import (
-    Loss,
-    all_finite,
-    averaging,
-    checkpoint_activations,
-    clip_gradients,
-    fill,
-    machine_mesh,
-    replicate,
-    shard,
-)
-from scale.powersgd import PowerSGD
-from transformer import Transformer, TransformerConfig, load_transformer, pad_text
+from dvae import DVAE, DVAEConfig
+from engine.checkpoint import load_model
+from engine.cli import check_ranges, choose, start, trainer_parser
+from engine.run import Run
+from transformer import Transformer, TransformerConfig, pad_text
 
 
 @dataclass
@@ -82,7 +64,7 @@ class PriorTraining:
     eval_every: int = 500
 
     def __post_init__(self) -> None:
-        training.check_ranges(self)
+        check_ranges(self)
 
 
 PRESETS = {
@@ -97,78 +79,64 @@ PRESETS = {
 }  # fmt: skip
 
 
+class Halving:
+    """The step size halves when the training loss appears to plateau, at most five times (B.2).
+
+    Our reading: the mean loss of every `plateau_steps` updates is compared with the best one so
+    far; when it is not better by the share `plateau_threshold`, the step size is halved.
+    """
+
+    def __init__(self) -> None:
+        self.best, self.halvings = math.inf, 0
+        self.total, self.count = 0.0, 0  # of the losses since the last comparison
+
+    def see(self, loss: float, done: int, hp: PriorTraining) -> None:
+        """The loss of update number `done`; NaN where it was skipped."""
+        if not math.isnan(loss):
+            self.total, self.count = self.total + loss, self.count + 1
+        if done % hp.plateau_steps == 0:
+            if done >= hp.warmup_steps and self.count:
+                mean = self.total / self.count
+                if mean < self.best * (1 - hp.plateau_threshold):
+                    self.best = mean
+                else:
+                    self.halvings = min(self.halvings + 1, hp.plateau_halvings)
+            self.total, self.count = 0.0, 0
+
+
 def prepare(
-    img, captions, rng, size: int, bpe: BPE, text_len: int, dropout=0.0, caption_dropout=0.0
-) -> list:
-    """uint8 [size, size, 3]; long [text_len]; whether the caption had to be cut."""
+    img, captions, rng, notes, size: int, bpe: BPE, text_len: int, dropout=0.0, caption_dropout=0.0
+) -> list[Tensor]:
+    """Listing 2 and one of the captions: uint8 [size, size, 3], long [text_len]."""
     pixels = torch.from_numpy(np.array(preprocess_prior(img, size, rng)))
     ids = bpe.encode(rng.choice(captions), dropout, rng)
     if caption_dropout and rng.random() < caption_dropout:
         ids = []
-    text = pad_text(ids[: text_len - 1], text_len, bpe.vocab_size)
-    return [pixels, text, torch.tensor(len(ids) > text_len - 1)]
+    if len(ids) > text_len - 1:
+        notes.append("cut")
+    return [pixels, pad_text(ids[: text_len - 1], text_len, bpe.vocab_size)]
 
 
-def adopt_openai(args: argparse.Namespace) -> tuple[DVAE, dict]:
-    """OpenAI's released dVAE in place of one of our own, and what its dvae.pt is to say."""
-    dvae = load_openai(*args.openai_dvae)
-    grid = TransformerConfig.grid if args.grid is None else args.grid
-    return dvae, {
-        "config": asdict(dvae.config),
-        "model": dvae.state_dict(),
-        "preset": args.preset or "small",
-        "data": args.data or "toy",
-        "image_size": dvae.config.factor * grid,
-        "step": 0,
-    }
-
-
-def find_bpe(run_dir: Path, args, hp, config, train, world) -> tuple[BPE, str]:
-    """The BPE of the weights to fine-tune, or of the run, or one trained on the captions; and a
-    word on where it is from."""
-    paths = [run_dir / "bpe.json"]
-    if args.init_from and not args.resume:
-        paths.insert(0, args.init_from.parent / "bpe.json")
-    path = world.share(lambda: next((p for p in paths if p.exists()), None))
-    if path:
-        bpe = BPE.load(path)
-        if args.text_vocab and args.text_vocab < bpe.vocab_size:
-            raise ValueError(f"--text-vocab {args.text_vocab}: {path} has {bpe.vocab_size}")
-        return bpe, f"BPE {path}"
-    captions = captions_of(train, hp.bpe_captions)
-    merges = world.share(lambda: BPE.train(captions, config.text_vocab).merges)
-    return BPE(merges), f"BPE of {256 + len(merges)} pieces trained on its captions"
-
-
-def halving(optimizer: torch.optim.Optimizer, hp: PriorTraining) -> ReduceLROnPlateau:
-    """Halves the step size when the loss it is told has stopped falling (B.2)."""
-    return ReduceLROnPlateau(
-        optimizer,
-        factor=0.5,
-        patience=0,
-        threshold=hp.plateau_threshold,
-        min_lr=hp.lr / 2**hp.plateau_halvings,
-    )
-
-
-def powersgd(model: Transformer, rank: int, mesh: DeviceMesh | None, seed: int) -> PowerSGD:
-    """Between the machines of a mesh, or between all processes: the matrices of the resblocks are
-    compressed, embeddings, unembeddings, gains and biases are not (E)."""
-    matrices = [(n, p) for n, p in model.blocks.named_parameters() if p.ndim == 2]
-    compressed = {id(p) for _, p in matrices}
-    others = [p for p in model.parameters() if id(p) not in compressed]
-    if mesh is None:
-        return PowerSGD(matrices, others, rank, seed=seed)
-    gpu = mesh["gpu"]
-    return PowerSGD(
-        matrices, others, rank, mesh["machine"].get_group(), gpu.size(), gpu.get_local_rank(), seed
-    )
-
-
-def captions_of(dataset: ToyWorld | Pictures, count: int) -> Iterator[str]:
+def captions_of(dataset, count: int) -> Iterator[str]:
     """The captions of the first `count` samples."""
     for index in range(min(count, len(dataset))):
         yield from dataset.captions_of(index)
+
+
+def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iterator[str]) -> BPE:
+    """The BPE of the weights to fine-tune, or of the run, or one trained on the captions."""
+    paths = [run.dir / "bpe.json"]
+    if args.init_from and not args.resume:
+        paths.insert(0, args.init_from.parent / "bpe.json")
+    path = run.world.share(lambda: next((p for p in paths if p.exists()), None))
+    if path is None:
+        bpe = BPE(run.world.share(lambda: BPE.train(captions, vocab_size).merges))
+    else:
+        bpe = BPE.load(path)
+        if args.text_vocab and args.text_vocab < bpe.vocab_size:
+            raise ValueError(f"--text-vocab {args.text_vocab}: {path} has {bpe.vocab_size}")
+    run.say(f"BPE {path}" if path else f"BPE of {bpe.vocab_size} pieces trained on its captions")
+    return bpe
 
 
 @torch.no_grad()
@@ -192,338 +160,90 @@ def evaluate(model: Transformer, text: Tensor, image: Tensor, chunk: int) -> dic
 
 
 @torch.no_grad()
-def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, captions, path) -> None:
-    """16 held-out captions, each above one sample at temperature 1, always the same draws."""
+def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, bpe: BPE) -> Image.Image:
+    """Held-out captions [M, T], each below one sample at temperature 1, always the same draws."""
+    grid = model.config.grid
     generator = torch.Generator().manual_seed(0)
-    uniforms = torch.rand(len(text), model.config.grid**2, generator=generator).to(text.device)
-    grid = (-1, model.config.grid, model.config.grid)
-    images = dvae.decode(model.generate(text, uniforms=uniforms).view(grid))
+    uniforms = torch.rand(len(text), grid**2, generator=generator).to(text.device)
+    images = dvae.decode(model.generate(text, uniforms=uniforms).view(-1, grid, grid))
     images = images.permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8).numpy()
-    rows = [list(images[k : k + 8]) for k in range(0, len(images), 8)]
-    names = [captions[k : k + 8] for k in range(0, len(images), 8)]
-    picture = sheet(rows, names, scale=max(1, 128 // images.shape[1]))
-    checkpoint.write(path, lambda file: picture.save(file, "PNG"))
-
-
-def print_plan(args: argparse.Namespace) -> None:
-    """Parameters, operations and memory of a run on --plan GPUs, of which --shard (8, as in the
-    paper, where no number is given) hold the model together."""
-    preset = args.preset or "small"
-    dvae = training.choose(DVAEConfig, train_dvae.PRESETS[preset], args)
-    size = training.choose(train_dvae.DVAETraining, train_dvae.PRESETS[preset], args).image_size
-    fits = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
-    config = training.choose(TransformerConfig, PRESETS[preset] | fits, args)
-    hp = training.choose(PriorTraining, PRESETS[preset], args)
-    micro_batch = training.check_batches(hp.batch_size, args.micro_batch, args.plan)
-    shards = 1 if args.shard is None else args.shard or min(8, args.plan)
-    if shards < 1 or args.plan % shards:
-        raise ValueError(f"--shard {shards} does not divide --plan {args.plan}")
-    model, cost = plan.prior_cost(config, micro_batch, args.checkpoint_activations)
-    print(
-        plan.table(
-            model,
-            cost,
-            gpus=args.plan,
-            shards=shards,
-            batch_size=hp.batch_size,
-            micro_batch=micro_batch,
-            steps=hp.steps,
-            tokens=config.text_len + config.grid**2,
-            images=len(open_dataset(args.data or "toy", size)[0]),
-            bits=32 if args.dtype == "fp32" else 16,
-            gpu_memory=args.gpu_memory,
-            powersgd_rank=args.powersgd_rank,
-            again=args.checkpoint_activations,
-        )
+    captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in text]
+    rows = range(0, len(images), 8)
+    return sheet(
+        [list(images[k : k + 8]) for k in rows],
+        [captions[k : k + 8] for k in rows],
+        scale=max(1, 128 // images.shape[1]),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Stage two: train the prior.")
-    training.add_arguments(parser, PRESETS, TransformerConfig, PriorTraining)
-    parser.add_argument("--openai-dvae", nargs=2, metavar=("ENC", "DEC"), help="released files")
-    parser.add_argument(
-        "--shard",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="GPUS",
-        help="shard the model among the GPUs of a machine (2.5), or among this many",
+    parser = trainer_parser(
+        "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
-    parser.add_argument(
-        "--powersgd-rank",
-        type=int,
-        metavar="R",
-        help="compress what machines send each other to this rank (E)",
-    )
-    parser.add_argument(
-        "--checkpoint-activations",
-        action="store_true",
-        help="keep only the resblocks' inputs, compute the rest again (2.4)",
-    )
-    training.add_plan(parser)
     args = parser.parse_args()
-    if args.plan is not None:
-        with training.door():
-            print_plan(args)
-        return
-
-    # ---- what to run
-    with training.door():
-        world = training.launch(args.device)
-        if args.openai_dvae:
-            dvae, about = adopt_openai(args)
-            run_dir = args.run_dir or Path("runs") / f"openai-{about['preset']}"
-        else:
-            run_dir = args.run_dir or world.share(lambda: training.newest_run("dvae.pt"))
-            if run_dir is None:
-                raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
-            if not (run_dir / "dvae.pt").is_file():
-                command = f"python train_dvae.py --run-dir {run_dir}"
-                raise ValueError(f"{run_dir} holds no dvae.pt; train it with: {command}")
-            about, dvae = checkpoint.load(run_dir / "dvae.pt"), load_dvae(run_dir / "dvae.pt")
-        dvae = dvae.requires_grad_(False).to(world.device)
-        preset, spec = args.preset or about.get("preset"), args.data or about.get("data")
-        if preset not in PRESETS or not spec or "image_size" not in about:
-            raise ValueError(f"{run_dir}/dvae.pt does not say how it was trained: make it again")
-        size = about["image_size"]
-        grid = size // dvae.config.factor
-        for name, value in (("grid", grid), ("image_vocab", dvae.config.vocab_size)):
+    with Run("prior", args) as run:
+        # ---- stage one, fixed from here on; its tokens and the BPE's pieces are what is modelled
+        dvae = load_model(run.dir / "dvae.pt", DVAE, DVAEConfig)
+        dvae.requires_grad_(False).to(run.device)
+        sizes = {
+            "grid": run.image_size // dvae.config.factor,
+            "image_vocab": dvae.config.vocab_size,
+        }
+        for name, value in sizes.items():
             if getattr(args, name) not in (None, value):
                 raise ValueError(f"--{name} {getattr(args, name)}: the dVAE's is {value}")
-            setattr(args, name, value)
-        hp = training.choose(PriorTraining, PRESETS[preset], args)
-        config = training.choose(TransformerConfig, PRESETS[preset], args)
-        micro_batch = training.check_batches(hp.batch_size, args.micro_batch, world.size)
-        mesh = machine_mesh(world.device, args.shard) if args.shard is not None else None
-        if mesh and 4 * config.d_model % mesh["gpu"].size():
-            raise ValueError(
-                f"--shard {mesh['gpu'].size()} does not divide {4 * config.d_model}, 4d"
-            )
-        if args.powersgd_rank is not None:
-            machines, gpus = (
-                (mesh["machine"].size(), mesh["gpu"].size()) if mesh else (world.size, 1)
-            )
-            if machines == 1 or args.powersgd_rank < 1 or args.powersgd_rank % gpus:
-                raise ValueError(
-                    f"--powersgd-rank {args.powersgd_rank} on {machines} machine(s) of {gpus}: "
-                    f"expected several machines, and a multiple of {gpus}"
-                )
-        train, val = open_dataset(spec, size, args.val, filters=args.filters)
-        bpe, origin = find_bpe(run_dir, args, hp, config, train, world)
-        announce(
-            world,
-            f"taking {'OpenAI' if args.openai_dvae else run_dir}'s dVAE, preset {preset}, "
-            f"data {train.name} ({train.counts()}), {origin}",
-        )
+        hp = choose(PriorTraining, PRESETS[run.preset], args)
+        config = choose(TransformerConfig, PRESETS[run.preset] | sizes, args)
+        train, val = open_dataset(run.data, run.image_size, args.val, filters=args.filters)
+        bpe = find_bpe(run, args, config.text_vocab, captions_of(train, hp.bpe_captions))
         config = replace(config, text_vocab=bpe.vocab_size)
-        run = {**asdict(hp), "data": spec, "seed": args.seed}
-        state_path = run_dir / "prior_state.pt"
-        state = run_state.to_resume(
-            state_path, run, config, args.resume, world, "n_averaged", "plateau", "window", "scales"
-        )
-        if args.init_from:
-            model = load_transformer(args.init_from)
-            checkpoint.check_config(args.init_from, asdict(model.config), config)
-        options = dict(size=size, bpe=bpe, text_len=config.text_len)
-        samples = training.Samples(
-            train,
-            partial(
-                prepare,
-                dropout=hp.bpe_dropout,
-                caption_dropout=hp.caption_dropout,
-                **options,
-            ),
-            args.seed,
-        )
-        val_samples = training.Samples(val, partial(prepare, **options), 0)
-        val_pixels, val_text, _ = training.held_out(val_samples, 512, world)
-        world.wait()  # until every rank has read what is now moved away
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if not state:
-                checkpoint.set_aside(run_dir, *run_state.names("prior"), "prior.pt")
-            if args.openai_dvae and not state:
-                checkpoint.set_aside(run_dir, *run_state.names("dvae"), "dvae.pt")
-                checkpoint.save(run_dir / "dvae.pt", about)
-            bpe.save(run_dir / "bpe.json")
+        pair = partial(prepare, size=run.image_size, bpe=bpe, text_len=config.text_len)
+        noisy_pair = partial(pair, dropout=hp.bpe_dropout, caption_dropout=hp.caption_dropout)
+        batches = run.batches(train, noisy_pair, hp.batch_size)
+        val_images, val_text = run.held_out(val, pair, 512)
 
-    with training.safely(world, micro_batch):
-        # ---- model and optimizer
-        interrupt = training.Interrupt(world)
-        if not args.init_from and (world.is_main or not mesh):
-            torch.manual_seed(args.seed)
-            model = Transformer(config)
-        if mesh:  # rank 0's host alone holds the whole
-            weights = model.state_dict() if world.is_main else {}
-            with torch.device("meta"):
-                model = Transformer(config)
-        model = model.to("meta" if mesh else world.device).train()
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(hp.ema))
-        if mesh:  # (2.5)
-            among = mesh["gpu"] if args.powersgd_rank else mesh
-            for sharded in (model, average.module):
-                shard(sharded, among, world.device)
-                fill(sharded, weights)
-            del weights
-        scales = GradientScales(model.blocks) if args.dtype == "fp16" else None  # (2.4)
-        if args.checkpoint_activations:
-            checkpoint_activations(model.blocks)
-        compressor = None
-        if args.powersgd_rank:  # (E)
-            compressor = powersgd(model, args.powersgd_rank, mesh, args.seed)
+        model = run.begin(Transformer, config, hp)
+        if run.world.is_main:
+            bpe.save(run.dir / "bpe.json")
+        ema = run.average(model, hp.ema)
         # Weight decay on everything: our reading, for the paper exempts nothing.
-        optimizer = torch.optim.AdamW(
+        adamw = AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
-        plateau = halving(optimizer, hp)
-        start = 0
-        window = torch.zeros(2, device=world.device)  # the sum of the losses, and how many
-        if state:
-            run_state.restore(state, model, average, optimizer, compressor)
-            plateau.load_state_dict(state.about["plateau"])
-            plateau.threshold = hp.plateau_threshold
-            plateau.min_lrs = [hp.lr / 2**hp.plateau_halvings]
-            for group in optimizer.param_groups:
-                group.update(betas=(hp.beta1, hp.beta2), eps=hp.eps, weight_decay=hp.weight_decay)
-                group["lr"] *= hp.lr / state.about["run"]["lr"]
-            if scales and state.about["scales"]:
-                scales.load_state_dict(state.about["scales"])
-            start = state.about["step"]
-            window += torch.tensor(state.about["window"], device=world.device)
-            state = None  # its tensors are as large as the run's
-        loss_of = Loss(model) if mesh or compressor else replicate(model, world.device)
+        halving = Halving()
+        about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}
+        run.track(model, adamw, ema, about, halving=halving)
+        chunks = val_images.split(run.micro_batch)
+        with torch.no_grad():
+            val_tokens = torch.cat([dvae.encode(chunk).flatten(1) for chunk in chunks])
+            of_pixels = sum(dvae.distortion(chunk).item() * len(chunk) for chunk in chunks)
 
-        @torch.no_grad()
-        def tokens_of(pixels: torch.Tensor) -> torch.Tensor:
-            return dvae.encode(images_to(world.device, pixels)).flatten(1)
+        for step in run.steps(hp.steps):
+            # linear warm-up to 4.5e-4 over 5,000 updates, then halved on plateaus (B.2)
+            lr = hp.lr * min(1, (step + 1) / max(1, hp.warmup_steps)) / 2**halving.halvings
 
-        val_text = val_text.to(world.device)
-        chunks = val_pixels.split(micro_batch)
-        val_image = torch.cat([tokens_of(chunk) for chunk in chunks])
-        distortion = sum(
-            len(c) * dvae.distortion(images_to(world.device, c)).item() for c in chunks
-        )
-        distortion /= len(val_pixels)
-        shown = min(16, len(val_text))
-        shown_captions = [
-            bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in val_text[:shown]
-        ]
-        log = training.Log(run_dir, "prior", start, world)
-        batches = training.micro_batches(
-            samples, world, start, hp.steps, hp.batch_size, micro_batch, args.workers
-        )
-        accumulate = hp.batch_size // (micro_batch * world.size)
-        positions = config.text_len + grid**2
-        n_params = sum(p.numel() for p in model.parameters())
-        announce(
-            world,
-            f"prior {preset}: {n_params:,} parameters, {config.n_layer} layers, "
-            f"d = {config.d_model}, {config.text_len} text and {grid} × {grid} image tokens, "
-            f"{bpe.vocab_size} pieces of text; steps {start} to {hp.steps} of {hp.batch_size} "
-            f"samples on {world.size} × {world.device.type}, {args.dtype}; into {run_dir}",
-        )
+            for images, text in run.passes(batches):
+                tokens = dvae.encode(images).flatten(1)  # argmax, no noise (2.2)
+                run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
+            loss = run.update(adamw, lr, clip=hp.clip)  # to a norm of 4
+            halving.see(loss, step + 1, hp)
+            if (step + 1) % hp.ema_every == 0 or step == 0:
+                ema.update_parameters(model)  # 0.99 every 25 updates (B.2)
 
-        about = {"config": asdict(config), "preset": preset, "data": spec, "image_size": size}
-        about["caption_dropout"] = hp.caption_dropout
-
-        def save(step: int) -> None:
-            weights = run_state.whole(average.module) if mesh else average.module.state_dict()
-            if world.is_main:
-                checkpoint.save(run_dir / "prior.pt", about | {"model": weights, "step": step})
-            state = {
-                "config": asdict(config),
-                "run": run,
-                "n_averaged": int(average.n_averaged),
-                "plateau": plateau.state_dict(),
-                "window": window.tolist(),
-                "scales": scales and scales.state_dict(),
-                "errors": compressor is not None,
-                "step": step,
-            }
-            tensors = run_state.tensors_of(model, average, optimizer, compressor)
-            run_state.save_state(state_path, state, tensors, sharded=mesh is not None)
-
-        # ---- the loop
-        progress = training.Progress(world, start, hp.steps, hp.batch_size * positions, "tokens")
-        updates = training.Updates(args.dtype)
-        for step in range(start, hp.steps):
-            if step < hp.warmup_steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = hp.lr * (step + 1) / hp.warmup_steps
-            step_loss = torch.zeros((), device=world.device)
-            for k in range(accumulate):
-                (pixels, text, was_cut), skipped = next(batches)
-                progress.skip(skipped)
-                progress.cut += int(was_cut.sum())
-                text = text.to(world.device, non_blocking=True)
-                image = tokens_of(pixels)
-                with averaging(loss_of, k == accumulate - 1 and not compressor):
-                    with training.autocast(world, args.dtype, mesh is not None):
-                        loss, metrics = loss_of(text, image)
-                    (loss / accumulate).backward()
-                step_loss += loss.detach() / accumulate
-                progress.add(metrics)
-            finite = scales is None or scales.finish(step)
-            if compressor:
-                compressor.average_gradients()
-            norm = clip_gradients(model, hp.clip)
-            finite = finite and norm.isfinite().item()
-            if finite:
-                optimizer.step()
-                window += torch.stack([world.mean(step_loss), torch.ones_like(step_loss)])
-            optimizer.zero_grad()
-            updates.count(finite, step)
-
-            done = step + 1
-            if done % hp.ema_every == 0 or average.n_averaged == 0:  # the first starts it
-                average.update_parameters(model)
-            if done % hp.plateau_steps == 0:
-                if done >= hp.warmup_steps and window[1] > 0:
-                    plateau.step((window[0] / window[1]).item())
-                window.zero_()
-
-            # ---- log, save, look
-            progress.step(done)
-            stop = interrupt.agreed() if done < hp.steps else 0
-            save_now = done % hp.eval_every == 0 or done == hp.steps or stop
-            if done % hp.log_every == 0 or save_now:
-                values = progress.take() | updates.take()
-                if scales:
-                    values["log2_scales"] = scales.scales.log2().tolist()
-                log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-            if save_now and updates.may_save(all_finite(model), done, hp.steps):
-                with progress.paused():
-                    save(done)
-                    if not stop:
-                        scores = evaluate(average.module, val_text, val_image, micro_batch)
-                        if mesh:
-                            average.module.reshard()  # the root stays gathered after a forward
-                        nats = scores.pop("val_nats") / val_pixels[0].numel() + distortion
-                        scores["val_bits_per_dim"] = nats / math.log(2)
-                        log.write(done, **scores)
-                        progress.show(**scores)
-                        log.draw()
-                    if not stop and world.is_main and not mesh:
-                        with training.going_on(run_dir / "samples.png"):
-                            draw_samples(
-                                average.module,
-                                dvae,
-                                val_text[:shown],
-                                shown_captions,
-                                run_dir / "samples.png",
-                            )
-            if stop:
-                progress.stop(done, stop)
-    progress.close()
-    if world.is_main:
-        print(
-            f"{run_dir}/prior.pt: {progress.shown['val_image_loss']:.3f} nats per image token "
-            f"on held-out pictures; see {run_dir}/{'curves' if mesh else 'samples'}.png\n"
-            f'next: python sample.py "a red cube" --run-dir {run_dir}'
-        )
-    training.shut_down(world)
+            if run.due():
+                run.save()
+                scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
+                # the bound on ln p(x, y): the pair's nats and the pixels' given the tokens (Eq. 1)
+                nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels / len(val_images)
+                run.report(scores | {"val_bits_per_dim": nats / math.log(2)})
+                if not run.mesh:
+                    run.picture("samples.png", draw_samples(ema.module, dvae, val_text[:16], bpe))
+    run.say(
+        f"{run.dir}/prior.pt: {run.scores['val_image_loss']:.3f} nats per image token "
+        f"on held-out pictures; see {run.dir}/{'curves' if run.mesh else 'samples'}.png\n"
+        f'next: python sample.py "a red cube" --run-dir {run.dir}'
+    )
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

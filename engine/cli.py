@@ -63,8 +63,9 @@ class Parser(argparse.ArgumentParser):
         raise Stop(message, 2)
 
 
-def trainer_parser(description: str, presets: dict, *configs: type) -> Parser:
-    """The options every trainer has, and one for each field of the config classes."""
+def trainer_parser(description: str, presets: dict, *configs: type, shards: bool = False) -> Parser:
+    """The options every trainer has, one for each field of the config classes, and where a model
+    can be too large for one GPU those of 2.4 and 2.5."""
     parser = Parser(description=description)
     add = parser.add_argument
     preset = parser.add_mutually_exclusive_group()
@@ -82,6 +83,16 @@ def trainer_parser(description: str, presets: dict, *configs: type) -> Parser:
     add("--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes")
     add("--resume", action="store_true", help="continue the run in --run-dir")
     add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
+    parser.set_defaults(
+        presets=presets, shard=None, powersgd_rank=None, checkpoint_activations=False
+    )
+    if shards:
+        add("--shard", type=int, nargs="?", const=0, metavar="GPUS", help="shard the model among "
+            "the GPUs of a machine (2.5), or among this many")  # fmt: skip
+        add("--powersgd-rank", type=int, metavar="R",
+            help="compress what machines send each other to this rank (E)")  # fmt: skip
+        add("--checkpoint-activations", action="store_true",
+            help="keep only the resblocks' inputs, compute the rest again (2.4)")  # fmt: skip
     for config in configs:
         group = parser.add_argument_group(f"fields of {config.__name__}, the paper's by default")
         for field in fields(config):

@@ -1,22 +1,161 @@
 """
-Curves of training runs, and the small plots of claims.py, drawn with Pillow alone.
+What is seen of a run: log.jsonl, the bar, and the curves.
 
     python -m engine.log runs/tiny                  # curves.png from its log.jsonl
     python -m engine.log runs/a runs/b -o both.png  # several runs in one picture
-
-A picture is a grid of panels; each panel has its own two axes, linear or logarithmic, that begin
-and end at a tick. The built-in font of Pillow knows no Greek: tau and beta are spelled out.
 """
 
-import argparse
 import json
 import math
+import re
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import checkpoint
+from engine.cli import Parser, start
+from scale.parallel import World
+
+# ---- log.jsonl -----------------------------------------------------------------------------------
+
+given_up: set[Path] = set()  # what has failed once and been said
+
+
+@contextmanager
+def going_on(path: Path):
+    """Around the writing of what a run can do without: a failure is said, once for each file, and
+    training goes on."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if path not in given_up:
+            message = f"warning: {path} cannot be written; going on without ({error})"
+            tqdm.write(message, file=sys.stderr)
+        given_up.add(path)
+
+
+class Log:
+    """log.jsonl, written by rank 0: one object per logged step and stage. Starting at a step
+    drops what an earlier run of the same stage logged after it."""
+
+    def __init__(self, run_dir: Path, stage: str, start: int, world: World):
+        self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
+        self.is_main = world.is_main
+        if self.is_main and self.path.exists():
+            with going_on(self.path):
+                kept = [line for line in self.path.open("rb") if self.precedes(line, start)]
+                checkpoint.write(self.path, lambda file: file.writelines(kept))
+
+    def precedes(self, line: bytes, start: int) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["stage"] != self.stage or entry["step"] <= start
+        except (ValueError, KeyError, TypeError):
+            return False  # the torn last line of a killed run
+
+    def write(self, step: int, **values) -> None:
+        if self.is_main:
+            seconds = round(time.time() - self.begin, 1)
+            entry = {"stage": self.stage, "step": step, "seconds": seconds, **values}
+            line = json.dumps(entry).encode() + b"\n"
+            with going_on(self.path), open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(size)  # half a line would spoil the next one
+                    raise OSError("no room is left")
+
+
+# ---- the bar -------------------------------------------------------------------------------------
+
+SHOWN = ("loss", "skipped_updates", "psnr", "text_loss", "image_loss", "val_psnr", "codes",
+         "val_image_loss", "images_per_second")  # fmt: skip
+
+
+class Bar:
+    """The bar of rank 0, the means of the metrics between two logged steps, and what is counted."""
+
+    def __init__(self, world: World, start: int, steps: int, batch_size: int):
+        self.world, self.start, self.steps, self.batch_size = world, start, steps, batch_size
+        self.bar = tqdm(total=steps, initial=start, disable=not world.is_main, mininterval=0.5)
+        self.sums: dict[str, Tensor] = {}
+        self.shown: dict[str, float] = {}
+        self.count, self.since_taken = 0, 0
+        self.begin = self.since = time.time()
+        self.paused_at = 0.0
+        self.noted: Counter = Counter()
+        self.skipped: set[str] = set()
+
+    def note(self, notes: list[str]) -> None:
+        """Count what loading has to say: `unreadable: …`, `filtered: reason: …` of a sample that
+        was passed over, of which the first few are named; or `cut`, of a caption."""
+        for note in notes:
+            if note == "cut":
+                self.noted["cut"] += 1
+            elif note not in self.skipped and len(self.skipped) < 10_000:
+                self.skipped.add(note)
+                self.noted[re.match(r"filtered: [^:]*|[^:]*", note)[0]] += 1
+                if len(self.skipped) <= 5:
+                    self.bar.write(f"skipped: {note}", file=sys.stderr)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+
+    def step(self, done: int) -> None:
+        self.bar.update()
+        self.since_taken += 1
+        if done - self.start == 20 and self.world.is_main:
+            rest = (time.time() - self.begin) / 20 * (self.steps - done) / 60
+            self.bar.write(f"about {rest:.0f} minutes to go")
+
+    def pause(self) -> None:
+        """What follows, up to `resume`, does not count in the speed."""
+        self.paused_at = time.time()
+
+    def resume(self) -> None:
+        if self.paused_at:
+            self.since += time.time() - self.paused_at
+            self.paused_at = 0
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, averaged over the processes, and the speed."""
+        means = torch.stack([total.float() / self.count for total in self.sums.values()])
+        values = dict(zip(self.sums, self.world.mean(means).tolist()))
+        rate = self.since_taken * self.batch_size / (time.time() - self.since)
+        values["images_per_second"] = rate
+        self.sums, self.count, self.since_taken, self.since = {}, 0, 0, time.time()
+        self.show(**values)
+        return values
+
+    def show(self, **values: float) -> None:
+        self.shown |= values
+        shown = {name: f"{self.shown[name]:.4g}" for name in SHOWN if name in self.shown}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Say the counts of all processes. For all ranks to call."""
+        self.bar.close()
+        noted = sum(self.world.gather(self.noted), Counter())
+        cut = noted.pop("cut", 0)
+        if self.world.is_main:
+            for kind, count in noted.most_common():
+                print(f"{count} skipped, {kind}")
+            if cut:
+                print(f"{cut} captions were cut to the model's text length")
+
+
+# ---- curves --------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -405,18 +544,14 @@ def draw_curves(run_dirs: list[str | Path], out: str | Path) -> None:
     plot(panels, out)
 
 
-def main(argv: list[str] | None = None) -> None:
-    from engine.run import door, fail
-
-    parser = argparse.ArgumentParser(description="Draw the curves of runs over each other.")
+def main() -> None:
+    parser = Parser(description="Draw the curves of runs over each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument("-o", "--out", metavar="FILE", default="curves.png")
-    parser.error = fail
-    args = parser.parse_args(argv)
-    with door():
-        draw_curves(args.runs, args.out)
+    args = parser.parse_args()
+    draw_curves(args.runs, args.out)
     print(f"{args.out}: {', '.join(args.runs)}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

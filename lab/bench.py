@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from bpe import BPE
 from dvae import DVAE, Conv2d, DVAEConfig
-from engine.run import fail
+from engine.cli import Parser, Stop, start
 from transformer import (  # fmt: skip
     Attention,
     Linear,
@@ -576,8 +576,7 @@ def show(line: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How fast, against the machine and others.")
-    parser.error = fail
+    parser = Parser(description="How fast, against the machine and others.")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=WORKS, help=", ".join(WORKS))
     parser.add_argument("--peers", action="store_true", help="beside others, where installed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
@@ -585,9 +584,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads < 1:
-        fail(f"--threads {args.threads}: expected at least 1")
+        raise Stop(f"--threads {args.threads}: expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: this machine or this PyTorch has none")
+        raise Stop("--device cuda: this machine or this PyTorch has none")
     torch.set_num_threads(args.threads)
     if args.child:
         torch.manual_seed(0)
@@ -614,7 +613,7 @@ def main() -> None:
         command += ["--peers"] * args.peers
         child = subprocess.run(command, capture_output=True, text=True, env=env)
         if child.returncode:
-            fail(f"{name} failed: {child.stderr.strip() or child.returncode}", 1)
+            raise Stop(f"{name} failed: {child.stderr.strip() or child.returncode}", 1)
         lines[name] = json.loads(child.stdout.splitlines()[-1])
         show(lines[name])
     grids = [lines[name] for name in ("grid-16", "grid-32", "grid-64") if name in lines]
@@ -629,4 +628,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,6 @@ What is not here: the paper's own size. A claim that fails in a model a thousand
 refuted by that, nor is one proved that holds.
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,10 +26,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clip import load_clip
+from data.loader import images_to
 from data.toy import COLORS as HUES
 from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
+from engine.cli import Parser, start
 from engine.log import COLORS, Panel, Series, plot
-from engine.run import fail, images_to
 from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
 from sample import SHIPPED, encode_prompt, load_run
 from transformer import Transformer
@@ -390,28 +390,22 @@ def table(columns: list[str], rows: list[list]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Re-run one claim of the paper in miniature.")
+    parser = Parser(description="Re-run one claim of the paper in miniature.")
     parser.add_argument("claim", choices=CLAIMS, metavar="NAME", help=", ".join(CLAIMS))
     parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("docs/claims"))
-    parser.error = fail
     args = parser.parse_args()
     says = " ".join(CLAIMS[args.claim].__doc__.split())
     print(f"the paper: {says}\n")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = CLAIMS[args.claim]()
-        plot(found.panels, args.out / f"{args.claim}.png")
-        result = {"claim": args.claim, "paper": says, "verdict": found.verdict}
-        result |= {"columns": found.columns, "rows": found.rows}
-        path = args.out / f"{args.claim}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("stopped; runs that were finished are kept for the next time", 130)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = CLAIMS[args.claim]()
+    plot(found.panels, args.out / f"{args.claim}.png")
+    result = {"claim": args.claim, "paper": says, "verdict": found.verdict}
+    result |= {"columns": found.columns, "rows": found.rows}
+    path = args.out / f"{args.claim}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(found.columns, found.rows))
     print(f"\n{found.verdict}\nsee {args.out / args.claim}.png and .json")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,7 +11,6 @@ of colour and shape and of pairs that no training picture or caption held (3.3).
     python -m lab.judge --candidates 64        # also the best of N by clip.pt: a table, rerank.png
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.loader import derive
 from data.sheets import check_output
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
+from engine.cli import Parser, Stop, start
 from engine.log import COLORS as LINES
 from engine.log import Panel, Series, plot
-from engine.run import derive, door, fail
 from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity
 
 SIZE = 32  # pixels, of the toy world the judge knows
@@ -201,53 +201,49 @@ def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, ou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure a run on the toy world.")
+    parser = Parser(description="Measure a run on the toy world.")
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--candidates", type=int, metavar="N", help="a power of 2, such as 64")
     parser.add_argument("-o", "--out", type=Path, default=Path("rerank.png"), metavar="FILE")
-    parser.error = fail
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
-    with door():
-        run = load_run(run_dir, "cpu")
-        if run[1].config.factor * run[2].config.grid != SIZE or args.prompts < 1:
+    run = load_run(run_dir, "cpu")
+    if run[1].config.factor * run[2].config.grid != SIZE or args.prompts < 1:
+        raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
+    if args.candidates is not None:
+        if args.candidates < 1 or args.candidates.bit_count() > 1:
+            raise ValueError(f"--candidates is {args.candidates}; expected a power of 2")
+        clip = load_reranker(run_dir, "cpu")
+        if clip is None:
             raise ValueError(
-                f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more"
+                f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
             )
-        if args.candidates is not None:
-            if args.candidates < 1 or args.candidates.bit_count() > 1:
-                raise ValueError(f"--candidates is {args.candidates}; expected a power of 2")
-            clip = load_reranker(run_dir, "cpu")
-            if clip is None:
-                raise ValueError(
-                    f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
-                )
-            check_output(args.out)
-        judge = train_judge()
-        x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
-        for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
-            color, shape = right(judge, images, colors, shapes)
-            accuracy = (color & shape).float().mean().item()
-            print(f"judge: {accuracy:.2%} right on 2000 {kind} renders it has not seen")
-            if accuracy < 0.99:
-                fail("a judge that is wrong this often measures nothing", 1)
-        psnr, codes = judge_dvae(run[1])
+        check_output(args.out)
+    judge = train_judge()
+    x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
+    for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
+        color, shape = right(judge, images, colors, shapes)
+        accuracy = (color & shape).float().mean().item()
+        print(f"judge: {accuracy:.2%} right on 2000 {kind} renders it has not seen")
+        if accuracy < 0.99:
+            raise Stop("a judge that is wrong this often measures nothing", 1)
+    psnr, codes = judge_dvae(run[1])
+    print(
+        f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "
+        f"{codes} of {run[1].config.vocab_size} codes in use"
+    )
+    for kind, split in (("seen", "val"), ("unseen", "unseen")):
+        color, shape = judge_prompts(judge, run, split, args.prompts, args.seed)
+        color, shape, both = (x.float().mean().item() for x in (color, shape, color & shape))
         print(
-            f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "
-            f"{codes} of {run[1].config.vocab_size} codes in use"
+            f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
+            f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
         )
-        for kind, split in (("seen", "val"), ("unseen", "unseen")):
-            color, shape = judge_prompts(judge, run, split, args.prompts, args.seed)
-            color, shape, both = (x.float().mean().item() for x in (color, shape, color & shape))
-            print(
-                f"{args.prompts} one-object prompts of {kind} pairs, one sample each: "
-                f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
-            )
-        if args.candidates is not None:
-            rerank(judge, run, clip, args.prompts, args.candidates, args.seed, args.out)
+    if args.candidates is not None:
+        rerank(judge, run, clip, args.prompts, args.candidates, args.seed, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -16,8 +16,9 @@ and autocast casts them for each product.
 
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -35,6 +36,81 @@ from scale.powersgd import local
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
+
+
+@dataclass
+class World:
+    """This process among those of torchrun; alone without it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def max(self, value: int) -> int:
+        """The largest value of any rank."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share(self, make: Callable):
+        """What rank 0 makes, on every rank; plain data."""
+        box = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def gather(self, value) -> list:
+        """The values of all ranks, on every rank; plain data."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+
+def launch(device: torch.device, chosen: bool = False) -> World:
+    """Join the processes torchrun started: NCCL on GPUs, gloo on CPUs. chosen: the device was
+    asked for by name."""
+    if "RANK" not in os.environ:
+        return World(0, 1, device)
+    if device.type == "mps":  # which gloo does not know
+        if chosen:
+            raise ValueError("--device mps is for one process; under torchrun use --device cpu")
+        device = torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"process {device.index} has no GPU: {torch.cuda.device_count()} here")
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def shut_down(world: World) -> None:
+    """Leave the process group, once every rank is done."""
+    world.wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Loss(nn.Module):
@@ -58,14 +134,13 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def averaging(loss: nn.Module, wanted: bool):
-    """Around a forward and backward pass: whether replicas, or machines that hold the same shards,
-    average their gradients in it. The last micro-batch of a step does it for all."""
+def average_in_backward(loss: nn.Module, wanted: bool) -> None:
+    """Whether replicas, or machines that hold the same shards, average their gradients in the next
+    backward pass. The last micro-batch of a step does it for all."""
     if isinstance(loss, DistributedDataParallel):
-        return nullcontext() if wanted else loss.no_sync()
-    if isinstance(loss.model, FSDPModule):
+        loss.require_backward_grad_sync = wanted
+    elif isinstance(loss.model, FSDPModule):
         loss.model.set_requires_all_reduce(wanted)
-    return nullcontext()
 
 
 def machine_mesh(device: torch.device, shards: int | None) -> DeviceMesh:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.cli import start
 from lab import bench
 from lab.bench import DVAEConfig, Transformer, TransformerConfig, attention_mask, layer_kind
 
@@ -99,6 +100,6 @@ def test_bad_options_end_with_one_line(monkeypatch, capsys):
     for argv in (["--threads", "0"], ["--only", "nothing"], ["--device", "tpu"]):
         monkeypatch.setattr("sys.argv", ["bench.py", *argv])
         with pytest.raises(SystemExit) as exit:
-            bench.main()
+            start(bench.main)
         assert exit.value.code == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.cli import start
 from engine.log import Panel, Series
 from lab import claims
 from lab.claims import Outcome, Range, gradient_ranges, train, wilson
@@ -131,6 +132,6 @@ def test_what_a_claim_leaves_behind(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "c/toy.png").stat().st_size > 0
     monkeypatch.setattr("sys.argv", ["claims.py", "truth"])
     with pytest.raises(SystemExit) as end:
-        claims.main()
+        start(claims.main)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "'truth'" in error

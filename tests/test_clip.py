@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from scripts import log_of
 
-import engine.run as training
 import train_clip
 from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, load_clip
+from data.loader import images_to
 from data.toy import BACKGROUNDS, PAIRS, SEEN_PAIRS, SIZES, Scene, Thing, render
 from dvae import load_dvae
-from engine.run import images_to
+from engine.cli import start
 from scale import parallel
+from scale.parallel import World
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained/tiny"
 SMALL = CLIPConfig(image_size=8, patch=4, d_image=16, text_vocab=20, text_len=6, d_text=8,
@@ -143,13 +144,13 @@ def half_a_batch(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model, (images, text) = small_model(), pairs(6)
     own = slice(3 * rank, 3 * rank + 3)
-    world = training.World(rank, 2, torch.device("cpu"))
+    world = World(rank, 2, torch.device("cpu"))
     loss_of = parallel.replicate(model, world.device)
     loss, metrics = loss_of(images[own], text[own])
     loss.backward()
     result = gradients(model) | {k: world.mean(value) for k, value in metrics.items()}
     torch.save(result, f"{folder}/{rank}.pt")
-    training.shut_down(world)
+    parallel.shut_down(world)
 
 
 def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
@@ -242,7 +243,7 @@ def train(tmp_path, monkeypatch):
             shutil.copy(SHIPPED / file, tmp_path / name)
         command = ["train_clip.py", "--run-dir", str(tmp_path / name), "--workers", "0", *args]
         monkeypatch.setattr(sys, "argv", command)
-        train_clip.main()
+        start(train_clip.main)
         return tmp_path / name
 
     yield call
@@ -268,7 +269,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(train, monkeypatch, capsys):
     whole = train("whole", *SHORT)
     steps = iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(training.Interrupt, "agreed", lambda _: 130 if next(steps) == 5 else 0)
+        patch.setattr(World, "max", lambda *_: 130 if next(steps) == 5 else 0)
         with pytest.raises(SystemExit) as stopped:
             train("broken", *SHORT)
     assert stopped.value.code == 130 and "--resume" in capsys.readouterr().err
@@ -315,7 +316,7 @@ def test_a_run_without_its_files(missing, script, tmp_path, monkeypatch, capsys)
         shutil.copy(SHIPPED / file, tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_clip.py", "--run-dir", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        train_clip.main()
+        start(train_clip.main)
     assert stopped.value.code == 2
     assert f"python {script}.py" in capsys.readouterr().err
 

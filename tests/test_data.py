@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 import data.files as sources
-import engine.run as training
 from data import toy
 from data.files import open_dataset, read_image
 from data.listings import preprocess_dvae, preprocess_prior
+from data.loader import Samples, micro_batches
 from data.toy import toy_scene, toy_world
 
 
@@ -397,7 +397,7 @@ def numbered_shards(root, sizes):
     return k
 
 
-def number_of(img, captions, rng):
+def number_of(img, captions, rng, notes):
     red, green, _ = img.getpixel((0, 0))
     return [torch.tensor([red * 256 + green, rng.randrange(10**9)])]
 
@@ -407,12 +407,11 @@ def test_tars_over_ranks_and_workers(tmp_path):
     the same steps as one process; each rank reads its own shards."""
     n, batch_size = numbered_shards(tmp_path, [40, 25, 7, 1, 38, 30, 33, 29]), 8
     tars = sources.open_pictures(str(tmp_path / "*.tar"), False, False)
-    samples, per_epoch = training.Samples(tars, number_of, seed=3), n // batch_size
+    samples, per_epoch = Samples(tars, number_of, seed=3), n // batch_size
 
     def steps(rank, size, micro_batch, workers, start=0):
-        world = training.World(rank, size, torch.device("cpu"))
-        batches = training.micro_batches(
-            samples, world, start, 2 * per_epoch, batch_size, micro_batch, workers
+        batches = micro_batches(
+            samples, start, 2 * per_epoch, batch_size, micro_batch, rank, size, workers
         )
         return torch.cat([tensors[0] for tensors, _ in batches]).view(-1, batch_size // size, 2)
 
@@ -453,7 +452,7 @@ def test_epochs_differ(tmp_path, monkeypatch):
 def test_a_small_tar_is_cycled(tmp_path):
     numbered_shards(tmp_path, [3])
     tars = sources.open_pictures(str(tmp_path / "00.tar"), False, False)
-    samples = training.Samples(tars, number_of, seed=0)
+    samples = Samples(tars, number_of, seed=0)
     epochs = np.array([samples.item(position, 8) for position in range(12)]).reshape(4, 3)
     assert (np.sort(epochs) == range(3)).all()
 

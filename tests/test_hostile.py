@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import engine.run as training
 from bpe import BPE
 from data.files import MAX_TEXT, captions_in, open_pictures, read_image, tidy
 from data.listings import preprocess_dvae, preprocess_prior
+from data.loader import Samples
 from data.sheets import sheet
 
 fuzz = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -165,7 +165,7 @@ def everything_below(root):
     return {path: path.lstat()[6:9:2] for path in root.rglob("*")}  # sizes and times
 
 
-def prepare(img, captions, rng, bpe=BPE([])):  # noqa: B008
+def prepare(img, captions, rng, notes, bpe=BPE([])):  # noqa: B008
     for preprocess in (preprocess_dvae, preprocess_prior):
         pixels = preprocess(img, 32, rng)
         assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
@@ -177,7 +177,7 @@ def prepare(img, captions, rng, bpe=BPE([])):  # noqa: B008
 
 def read_all(dataset):
     """As training does, with workers' errors: {item: why it cannot be used}."""
-    samples, faults = training.Samples(dataset, prepare, seed=0), {}
+    samples, faults = Samples(dataset, prepare, seed=0), {}
     for item in range(len(dataset)):
         (pixels,), skipped = samples[item, item]
         assert pixels.shape == (32, 32, 3)

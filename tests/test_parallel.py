@@ -11,6 +11,7 @@ from scripts import ROOT, log_of
 
 import train_prior
 from engine import checkpoint
+from engine.cli import start
 
 SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
 SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]
@@ -26,7 +27,7 @@ def new_run(run_dir):
 def alone(monkeypatch, run_dir, *options):
     command = ["train_prior.py", *SMALL, "--run-dir", str(run_dir), *options]
     monkeypatch.setattr(sys, "argv", command)
-    train_prior.main()
+    start(train_prior.main)
 
 
 def together(run_dir, *options, processes=2):

@@ -17,6 +17,7 @@ import train_prior
 from bpe import BPE
 from data.toy import toy_world
 from dvae import load_dvae
+from engine.cli import start
 from transformer import pad_text
 
 
@@ -144,7 +145,7 @@ def test_bad_input_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [Path(script.__file__).name, *args])
     with pytest.raises(SystemExit) as stopped:
-        script.main()
+        start(script.main)
     assert stopped.value.code == 2
     (message,) = capsys.readouterr().err.strip().splitlines()
     assert expected in message

@@ -22,6 +22,7 @@ from bpe import BPE
 from clip import CLIP, CLIPConfig
 from data.files import middle_square
 from dvae import DVAE, DVAEConfig
+from engine.cli import start
 from lab import judge
 from sample import Drawing, describe, draw
 from transformer import Transformer, TransformerConfig, pad_text
@@ -76,7 +77,7 @@ def main(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
         code = 0
         try:
-            sample.main()
+            start(sample.main)
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soak
@@ -24,15 +25,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import log_of
 
-import engine.run as training
 import train_clip
 import train_dvae
 import train_prior
 from bpe import BPE
 from clip import CLIP, CLIPConfig, load_clip
+from data.loader import stop_loading
 from dvae import DVAE, DVAEConfig, load_dvae
-from engine import checkpoint, run_state
+from engine import checkpoint
+from engine.cli import start
+from engine.log import Log
+from engine.run import out_of_memory
 from lab import judge
+from scale.parallel import World
 from transformer import Transformer, TransformerConfig, load_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,9 +62,9 @@ def live(script, args, output, limits):
         resource.setrlimit(kind, (most, most))
     sys.argv = [f"{script}.py", *args]
     try:
-        importlib.import_module(script).main()
+        start(importlib.import_module(script).main)
     finally:
-        training.stop_loading()  # what a script's own end does
+        stop_loading()  # what a script's own end does
 
 
 class Run:
@@ -121,7 +126,7 @@ def call(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         code = 0
         try:
-            module.main()
+            start(module.main)
         except SystemExit as stopped:
             code = stopped.code
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -260,7 +265,7 @@ def test_the_disk_is_full_for_the_log_and_the_pictures(run_dir):
 
 
 def test_half_a_line_of_the_log_is_taken_back(tmp_path, capsys):
-    log = training.Log(tmp_path, "dvae", 0, training.World(0, 1, torch.device("cpu")))
+    log = Log(tmp_path, "dvae", 0, World(0, 1, torch.device("cpu")))
     log.write(1, loss=1.0)
     size, limit = log.path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -284,14 +289,20 @@ def test_out_of_memory(run_dir):
 
 
 def test_out_of_memory_says_what_divides(capsys):
-    world = training.World(0, 2, torch.device("cpu"))
-    for micro_batch, option, expected in (
-        (9, "--micro-batch", "try --micro-batch 3, the same batch"),
-        (9, "--batch-size", "try --batch-size 6;"),
-        (1, "--micro-batch", "try a smaller model;"),
+    for micro_batch, stage, expected in (
+        (9, "dvae", "try --micro-batch 3, the same batch"),
+        (9, "clip", "try --batch-size 6;"),
+        (1, "dvae", "try a smaller model;"),
     ):
-        with pytest.raises(SystemExit) as stopped, training.safely(world, micro_batch, option):
-            raise MemoryError
+        run = SimpleNamespace(
+            micro_batch=micro_batch, stage=stage, device="cpu", world=World(0, 2, "cpu")
+        )
+
+        def main(run=run):
+            raise out_of_memory(MemoryError(), run)
+
+        with pytest.raises(SystemExit) as stopped:
+            start(main)
         assert stopped.value.code == 1 and expected in capsys.readouterr().err
 
 
@@ -384,22 +395,22 @@ def test_a_sharded_state_that_means_harm(tmp_path):
     flag, folder = tmp_path / "ran", tmp_path / "prior_state"
     folder.mkdir()
     saved = {"sums": {}, "about": {"config": {}, "run": {}, "step": 3}}
-    about = {"crc32": run_state.crc32_of(saved), "saved": saved}
+    about = {"crc32": checkpoint.crc32_of(saved), "saved": saved}
     (folder / "about.json").write_text(json.dumps(about))
     for evil in (Harm(flag), {"planner_data": Harm(flag)}):
         (folder / ".metadata").write_bytes(pickle.dumps(evil))
         with pytest.raises(ValueError, match="open, which no index does"):
-            run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+            checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9})
     (folder / ".metadata").write_bytes(pickle.dumps({}))
-    assert run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9}).about["step"] == 3
+    assert checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9}).about["step"] == 3
     (folder / "about.json").write_text(json.dumps(about).replace('"step": 3', '"step": 7'))
     with pytest.raises(ValueError, match="about.json is damaged"):
-        run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+        checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9})
     value = io.BytesIO()
     torch.save(Harm(flag), value)
     value.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        run_state.PlainValues().load_bytes(None, value)
+        checkpoint.PlainValues().load_bytes(None, value)
     assert not flag.exists()
 
 
@@ -479,14 +490,14 @@ def test_states_half_removed(tmp_path):
     folder.mkdir()
     (folder / "about.json").write_text("{}")
     os.utime(folder / "about.json", (1, 1))  # older, but the folder has just lost its shards
-    assert run_state.find_state(path, {"steps": 9}).path == path
+    assert checkpoint.find_state(path, {"steps": 9}).path == path
     (folder / "about.json").unlink()
-    assert run_state.find_state(path, {"steps": 9}).path == path
+    assert checkpoint.find_state(path, {"steps": 9}).path == path
     path.unlink()
     with pytest.raises(ValueError, match="not the state of a run"):
-        run_state.find_state(path, {"steps": 9})
+        checkpoint.find_state(path, {"steps": 9})
     shutil.rmtree(folder)
-    assert run_state.find_state(path, {"steps": 9}) is None
+    assert checkpoint.find_state(path, {"steps": 9}) is None
 
 
 def test_another_model_is_refused(run_dir, call):
@@ -554,14 +565,14 @@ def test_any_command_line_is_read_or_refused(script, call, monkeypatch, capsys):
             monkeypatch.setattr(script, name, begin)
     monkeypatch.setattr(sys, "argv", ["script", "--help"])
     with pytest.raises(SystemExit):
-        script.main()
+        start(script.main)
     options = sorted(
         {word.strip("[],") for word in capsys.readouterr().out.split() if "--" in word}
     )
     begun = set()
 
     @given(st.lists(st.tuples(st.sampled_from(options), st.sampled_from(VALUES) | st.text("019.-"))
-                    | st.sampled_from([["--tiny"], ["--run-dir", str(SHIPPED)], ["--plan", "8"]]),
+                    | st.sampled_from([["--tiny"], ["--run-dir", str(SHIPPED)]]),
                     max_size=4))  # fmt: skip
     @settings(max_examples=60, deadline=None)
     def read(pairs):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import engine.run as training
 import train_dvae
 import train_prior
+from data.loader import Samples, micro_batches
 from engine import checkpoint
-from engine.run import World, cosine
+from engine.cli import check_batches, choose
+from engine.log import Log
+from scale.parallel import World
+from train_dvae import cosine
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -47,10 +50,10 @@ def test_cosine_schedules():
 
 def test_steps_alone_scale_every_schedule():
     args = argparse.Namespace(steps=300, lr=None, kl_steps=None, tau_steps=7)
-    hp = training.choose(train_dvae.DVAETraining, {}, args)
+    hp = choose(train_dvae.DVAETraining, {}, args)
     assert (hp.steps, hp.lr_steps, hp.tau_steps) == (300, 120, 7)
     assert hp.kl_steps == 1 and hp.warmup_steps == 0
-    one = training.choose(train_prior.PriorTraining, {}, argparse.Namespace(steps=1))
+    one = choose(train_prior.PriorTraining, {}, argparse.Namespace(steps=1))
     assert one.plateau_steps == 1
 
 
@@ -87,12 +90,14 @@ def test_iterate_averaging_is_the_closed_form():
 def test_the_step_size_halves_on_plateaus_five_times():
     """(B.2)"""
     p = train_prior.PriorTraining()
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], p.lr)
-    plateau = train_prior.halving(optimizer, p)
+    halving = train_prior.Halving()
+    window = iter(range(p.plateau_steps, 10**9, p.plateau_steps))
 
     def after(loss):
-        plateau.step(loss)
-        return optimizer.param_groups[0]["lr"]
+        for loss_of_a_step in (loss - 0.5, math.nan, loss + 0.5):  # NaN: that update was skipped
+            halving.see(loss_of_a_step, 1, p)
+        halving.see(loss, next(window), p)
+        return p.lr / 2**halving.halvings
 
     assert after(4.0) == after(3.9) == after(3.8) == p.lr
     assert after(3.799) == p.lr / 2  # less than 0.2% better than the best: a plateau
@@ -117,13 +122,15 @@ class Numbers:
         return index, []
 
 
-def number_and_draw(index, captions, rng):
+def number_and_draw(index, captions, rng, notes):
     return [torch.tensor([index, rng.randrange(10**9)])]
 
 
 def stream(world, micro_batch, start=0, workers=0, n=10, batch_size=8, steps=6):
-    samples = training.Samples(Numbers(n), number_and_draw, seed=1)
-    batches = training.micro_batches(samples, world, start, steps, batch_size, micro_batch, workers)
+    samples = Samples(Numbers(n), number_and_draw, seed=1)
+    batches = micro_batches(
+        samples, start, steps, batch_size, micro_batch, world.rank, world.size, workers
+    )
     return [tensors[0] for tensors, _ in batches]
 
 
@@ -142,7 +149,7 @@ def test_data_order_is_the_same_for_any_number_of_processes():
 
 
 def test_unreadable_samples_give_their_place_to_the_next():
-    samples = training.Samples(Numbers(10, broken={3, 4}), number_and_draw, seed=0)
+    samples = Samples(Numbers(10, broken={3, 4}), number_and_draw, seed=0)
     seen, skipped = [], []
     for k in range(10):
         (item,), messages = samples[k, samples.item(k, 1)]
@@ -151,15 +158,15 @@ def test_unreadable_samples_give_their_place_to_the_next():
     assert len(seen) == 10 and not {3, 4} & set(seen)
     assert set(skipped) == {"3 is broken", "4 is broken"}
     with pytest.raises(ValueError, match="no usable sample"):
-        training.Samples(Numbers(3, broken={0, 1, 2}), number_and_draw, seed=0)[0, 0]
+        Samples(Numbers(3, broken={0, 1, 2}), number_and_draw, seed=0)[0, 0]
 
 
 def test_batch_sizes_must_divide():
-    assert training.check_batches(64, None, 4) == 16
-    assert training.check_batches(64, 8, 4) == 8
+    assert check_batches(64, None, 4) == 16
+    assert check_batches(64, 8, 4) == 8
     for batch, micro, size in ((64, None, 3), (64, 7, 1), (64, 0, 1), (64, 32, 4)):
         with pytest.raises(ValueError, match="--batch-size 64"):
-            training.check_batches(batch, micro, size)
+            check_batches(batch, micro, size)
 
 
 def test_checkpoints_are_whole_or_refused(tmp_path):
@@ -184,13 +191,13 @@ def test_checkpoints_are_whole_or_refused(tmp_path):
 
 
 def test_log_drops_what_is_run_again(tmp_path):
-    log = training.Log(tmp_path, "dvae", 0, ALONE)
+    log = Log(tmp_path, "dvae", 0, ALONE)
     for step in (10, 20, 30):
         log.write(step, loss=1 / 3)
-    training.Log(tmp_path, "prior", 0, ALONE).write(5, loss=2)
+    Log(tmp_path, "prior", 0, ALONE).write(5, loss=2)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"stage": "dv')
-    training.Log(tmp_path, "dvae", 20, ALONE).write(25, loss=3)
+    Log(tmp_path, "dvae", 20, ALONE).write(25, loss=3)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [
         ("dvae", 10),
