@@ -8,14 +8,12 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 import bpe as bpe_module
 from bpe import BPE, words
 
-SCRIPT = Path(bpe_module.__file__)
 CAPTIONS = [
     "A red cube to the left of a blue sphere.",
     "a small green cylinder above 2 large yellow cones",
@@ -122,6 +120,8 @@ def test_words():
     text = "A red  cube's 12 sides,\n\t...it isn't 3d!  "
     cut = ["a", " red", " ", " cube", "'s", " 12", " sides", ",", "\n", "\t", "...", "it", " isn"]
     assert words(text) == [*cut, "'t", " 3", "d", "!", "  "]
+    for run in ("é" * 130, "1" * 130, "!" * 130, " " * 130):
+        assert [len(word) for word in words(run)] == [64, 64, 2]
 
 
 def test_words_cover_any_text_and_round_trip(trained):
@@ -305,17 +305,7 @@ def test_agrees_with_tokenizers(trained):
         assert trained.encode(text) == peer.encode(text.lower()).ids
 
 
-def test_demo(trained, tmp_path):
-    def run(*args):
-        command = [sys.executable, str(SCRIPT), *args]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-
-    trained.save(tmp_path / "bpe.json")
-    done = run("a red cube", "--dropout", "0.1", "--bpe", str(tmp_path / "bpe.json"))
-    assert done.returncode == 0 and "a|·red|·cube" in done.stdout and done.stderr == ""
-    assert run("a red cube").returncode == 0
-    (tmp_path / "bad.json").write_text("{}")
-    bad = ["--bpe", str(tmp_path / "bad.json")], ["--bpe", "none.json"], ["--dropout", "2"]
-    for args in (*bad, ["--seed", "x"]):
-        done = run("a red cube", *args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+def test_demo():
+    command = [sys.executable, bpe_module.__file__]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0 and "a| red| cube| to" in done.stdout and done.stderr == ""
