@@ -99,7 +99,7 @@ def load_model(path: Path, Model: type, Config: type) -> nn.Module:
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{path} does not hold a {Model.__name__} of this project ({reason})"
+            f"{path} is not a {Model.__name__} checkpoint of this project ({reason})"
         ) from error
     return model.eval()
 

@@ -45,11 +45,12 @@ def going_on(path: Path):
 
 
 class Log:
-    """log.jsonl, written by rank 0: one object per logged step and stage. Starting at a step
-    drops what an earlier run of the same stage logged after it."""
+    """log.jsonl, written by rank 0: one object per logged step and stage, before the first of them
+    the `settings`. Starting at a step drops what an earlier run of the stage logged after it."""
 
-    def __init__(self, run_dir: Path, stage: str, start: int, world: World):
+    def __init__(self, run_dir: Path, stage: str, start: int, world: World, settings=None):
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
+        self.start, self.settings = start, settings
         self.is_main = world.is_main
         if self.is_main and self.path.exists():
             with going_on(self.path):
@@ -64,6 +65,9 @@ class Log:
             return False  # the torn last line of a killed run
 
     def write(self, step: int, **values) -> None:
+        if self.settings:
+            settings, self.settings = self.settings, None
+            self.write(self.start, **settings)
         if self.is_main:
             seconds = round(time.time() - self.begin, 1)
             entry = {"stage": self.stage, "step": step, "seconds": seconds, **values}
@@ -476,6 +480,8 @@ def read_log(run_dir: Path) -> dict[tuple[str, str], tuple[list, list]]:
         try:
             entry = json.loads(line)
             stage, step = entry.pop("stage"), int(entry.pop("step"))
+            if "settings" in entry:
+                continue
             values = {k: [float(x) for x in v] if isinstance(v, list) else float(v)
                       for k, v in entry.items()}  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -188,13 +188,9 @@ class Run:
             model = self.sharded(model.state_dict() if self.world.is_main else {})
         model = model.to(self.device).train()
         self.start = self.state.about["step"] if self.state else 0
-        self.log = Log(self.dir, self.stage, self.start, self.world)
-        self.log.write(
-            self.start,
-            settings=self.settings | asdict(config) | {"preset": self.preset, "dtype": args.dtype},
-            versions=versions(),
-            commit=commit(),
-        )
+        settings = self.settings | asdict(config) | {"preset": self.preset, "dtype": args.dtype}
+        first = {"settings": settings, "versions": versions(), "commit": commit()}
+        self.log = Log(self.dir, self.stage, self.start, self.world, first)
         n_params = sum(p.numel() for p in model.parameters())
         self.say(
             f"{self.stage} {self.preset}: {n_params:,} parameters; data {self.counts}; "

@@ -18,6 +18,7 @@ def run(*command, code=0, **options):
 
 
 def log_of(run_dir, *stages):
-    """The entries of a run's log; of these stages, or of all."""
+    """The entries of a run's log but the settings; of these stages, or of all."""
     entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "settings" not in entry]
     return [entry for entry in entries if not stages or entry["stage"] in stages]

@@ -269,7 +269,8 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(train, monkeypatch, capsys):
     whole = train("whole", *SHORT)
     steps = iter(range(1, 100))
     with monkeypatch.context() as patch:
-        patch.setattr(World, "max", lambda *_: 130 if next(steps) == 5 else 0)
+        # asked once before the first step, and after each
+        patch.setattr(World, "max", lambda *_: 130 if next(steps) == 6 else 0)
         with pytest.raises(SystemExit) as stopped:
             train("broken", *SHORT)
     assert stopped.value.code == 130 and "--resume" in capsys.readouterr().err
