@@ -133,24 +133,40 @@ def caption_in_json(data: bytes) -> list[str]:
     return [tidy(caption)] if isinstance(caption, str) and tidy(caption) else []
 
 
+DAY = r"(?:the\s+)?\d{1,2}(?:st|nd|rd|th)?(?:\s+of)?"
+MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b\.?"
+)
+YEAR = r"(?:1[89]|20)\d\d"
 BOILERPLATE = re.compile(
-    r"photographed on|^\S+\.(jpe?g|png|webp|gif|tiff?|bmp)$"
-    r"|^(img|dsc[fn]?|pict?|image|photo|scan)[ _-]?\d+$",
-    re.IGNORECASE,
+    rf"""
+    \b (?:photographed|pictured|taken|shot|captured) \s+ (?:(?:on|in|at) \s+)?
+    (?: (?:mon|tues|wednes|thurs|fri|satur|sun)day ,? \s+ )?
+    (?: {DAY} \s+ {MONTH} (?: ,? \s+ {YEAR} )?              # 3 May 2007, the 3rd of May
+      | {MONTH} (?: \s+ {DAY} )? (?: ,? \s+ {YEAR} )?      # May 3rd, 2007; May 2007
+      | \d{{1,4}} ([-./]) \d{{1,2}} \1 \d{{1,4}}             # 2007-05-03, 3.5.2007, 05/03/07
+      | {YEAR}
+    ) \b
+    | (?<!\S) \S+ \. (?:jpe?g|png|webp|gif|tiff?|bmp) \b     # names of files
+    | \b (?:img|dsc[fn]?|pict?|image|photo|scan) [ _-]? \d+ \b   # and what cameras call them
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
 def caption_fault(caption: str) -> str | None:
     """Why the filters of Appendix C drop a caption. The paper names the reasons, these rules are
-    our reading; in place of a classifier of languages, most letters have to be ASCII ones."""
+    our reading. In place of a classifier of languages, most letters have to be ASCII ones. A
+    caption consists primarily of boilerplate where too little or less than half is left of it."""
     letters = [c for c in caption if c.isalpha()]
     if sum(c.isascii() for c in letters) < len(letters) / 2:
         return "caption not English"
-    if BOILERPLATE.search(caption):
+    rest = BOILERPLATE.sub("", caption)
+    too_short = len(re.findall(r"[^\W\d_]+", rest)) < MIN_WORDS
+    if rest != caption and (too_short or len(rest.split()) < len(caption.split()) / 2):
         return "caption is boilerplate"
-    if len(re.findall(r"[^\W\d_]+", caption)) < MIN_WORDS:
-        return "caption too short"
-    return None
+    return "caption too short" if too_short else None
 
 
 def printable(text) -> str:

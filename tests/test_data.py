@@ -543,6 +543,26 @@ def test_folders(tmp_path):
         train[0]
 
 
+DATED = (
+    "photographed on 03/05/2007",
+    "Photographed in 1994",
+    "photographed on Thursday, May 3rd, 2007",
+    "view photographed in May 2007",
+    "in this photo taken on the 3rd of May 2007",
+    "Pictured on 2007-05-03.",
+    "barn: DSC_0042.jpg",
+)
+UNDATED = (
+    "a red barn photographed on a hill",
+    "two deer photographed on deck at night",
+    "a marble cup photographed on marble",
+    "a red barn on a hill by the river, photographed on 3 May 2007",
+    "the moon over the harbour, pictured in Sept. 1999",
+    "a red barn on a hill (barn.jpg)",
+    "the image 1 shows a red cube",
+)
+
+
 def test_filters(tmp_path):
     """Of Appendix C, with why on every one they drop."""
     cases = {"a red cube": None, "cube": "caption too short", "12 34 cube": "caption too short",
@@ -550,6 +570,7 @@ def test_filters(tmp_path):
              "DSC 0042": "caption is boilerplate", "a café in Zürich": None,
              "¿?": "caption too short",
              "a view, photographed on 3 May 2007": "caption is boilerplate"}  # fmt: skip
+    cases |= dict.fromkeys(DATED, "caption is boilerplate") | dict.fromkeys(UNDATED)
     shapes = {(20, 10): None, (10, 20): None, (21, 10): "aspect ratio", (10, 21): "aspect ratio"}
     pairs = [(caption, (9, 9), why) for caption, why in cases.items()]
     pairs += [("a red cube", shape, why) for shape, why in shapes.items()]
