@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.listings import area_resize, crop_square, preprocess_prior
+from data.listings import area_resize, crop_square, preprocess_prior, to_8_bits
 from data.sheets import sheet
 from data.toy import SPLITS, ToyWorld
 
@@ -105,7 +105,7 @@ def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Imag
             f"into {grid} × {grid} tokens, so expected at least {grid} × {grid}"
         )
     x, y = ((side - min(image.size)) // 2 for side in image.size)
-    return area_resize(crop_square(to_rgb(image), x, y, size), size)
+    return Image.fromarray(to_8_bits(area_resize(crop_square(to_rgb(image), x, y, size), size)))
 
 
 # ----------------------------------------------------------------------------- captions

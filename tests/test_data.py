@@ -19,7 +19,7 @@ from PIL import Image
 import data.files as sources
 from data import toy
 from data.files import open_dataset, read_image
-from data.listings import preprocess_dvae, preprocess_prior
+from data.listings import area_resize, preprocess_dvae, preprocess_prior
 from data.loader import Samples, micro_batches
 from data.toy import toy_scene, toy_world
 
@@ -199,6 +199,78 @@ def test_bounds_of_the_listings(shape, size, t_dvae, t_prior):
         first = 3 * slack // 8
         assert offset == (first, max(first, 5 * slack // 8 - 1)) and t == t_prior
         assert x == y == (0, rng.drawn[1] - size)
+
+
+def covered(first, last, s):
+    """(source pixel, how much of it) of each pixel that [first, last) meets, the last one again
+    and again past the end."""
+    for pixel in range(int(first), s + int(last) + 1):
+        share = min(pixel + 1, last) - max(pixel, first)
+        if share > 0:
+            yield min(pixel, s - 1), share
+
+
+def slow_area_resize(pixels, t):
+    """Over the rectangle of each output pixel, in fractions."""
+    s = len(pixels)
+    k = Fraction(s - 1, t - 1) if t > 1 else Fraction(s)
+    means = np.zeros((t, t, 3))
+    for i, j, c in np.ndindex(t, t, 3):
+        total = Fraction(0)
+        for y, height in covered(i * k, (i + 1) * k, s):
+            for x, width in covered(j * k, (j + 1) * k, s):
+                total += height * width * Fraction(float(pixels[y, x, c]))
+        means[i, j, c] = total / k**2
+    return means
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize(
+    "s, t", [(2, 2), (3, 2), (4, 3), (7, 7), (9, 1), (11, 10), (13, 3), (9, 5), (1, 1), (5, 8)]
+)
+def test_area_resize_is_the_mean_over_rectangles(s, t, dtype):
+    pixels = (256 * np.random.default_rng(s).random((s, s, 3))).astype(dtype)
+    resized = area_resize(pixels, t)
+    assert resized.dtype == np.float32 and resized.shape == (t, t, 3)
+    assert np.allclose(resized, slow_area_resize(pixels, t), rtol=1e-6, atol=0)
+    if s == t:
+        assert (resized == pixels).all()
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        # k = 2/1: [0, 2) and [2, 4), where pixel 2 is read twice. Without align_corners k would be
+        # 3/2, the means those of [0, 1.5) and [1.5, 3): 33 and 167.
+        ([0, 100, 200], [50, 200]),
+        # k = 3/2: [0, 1.5), [1.5, 3), [3, 4.5)
+        ([0, 100, 200, 60], [100 / 3, 500 / 3, 60]),
+        ([0, 100, 200], [100]),
+    ],
+)
+def test_area_resize_by_hand(row, expected):
+    pixels = np.array([[[value] * 3 for value in row]] * len(row), np.uint8)
+    for resized in (area_resize(pixels, len(expected)),
+                    area_resize(pixels.swapaxes(0, 1), len(expected)).swapaxes(0, 1)):  # fmt: skip
+        assert np.allclose(resized, np.array(expected)[None, :, None])
+
+
+@pytest.mark.parametrize("preprocess", [preprocess_dvae, preprocess_prior])
+def test_listings_step_by_step(preprocess):
+    """Each pixel of an output, from what was drawn."""
+    noise = np.random.default_rng(0).integers(0, 256, (19, 13, 3), np.uint8)
+    mirrored = set()
+    for seed in range(4):
+        rng = Recorder(seed)
+        out = preprocess(Image.fromarray(noise), 8, rng)
+        *square, t, x, y = rng.drawn
+        square = noise[square[-1] :][:13]
+        expected = slow_area_resize(square, t)[y : y + 8, x : x + 8]
+        flipped = np.abs(out - expected).max() > 1
+        expected = expected[:, ::-1] if flipped else expected
+        assert np.abs(out - expected).max() < 0.5001  # in floats a half may round either way
+        mirrored.add(flipped)
+    assert mirrored == ({True, False} if preprocess is preprocess_dvae else {False})
 
 
 @pytest.mark.parametrize("preprocess", [preprocess_dvae, preprocess_prior])
