@@ -10,17 +10,14 @@ the trainer takes another one and counts. Files may be anyone's: whatever is in 
 item raises nothing else, and nothing is ever written or run.
 """
 
-import argparse
 import copy
 import csv
 import io
 import json
 import os
-import random
+import posixpath
 import re
-import sys
 import tarfile
-import time
 import warnings
 import zlib
 from collections import Counter
@@ -29,13 +26,13 @@ from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.listings import area_resize, crop_square, preprocess_prior, to_8_bits
-from data.sheets import sheet
-from data.toy import SPLITS, ToyWorld
+from data.listings import area_resize, crop_square, to_8_bits
+from data.toy import ToyWorld
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl")
@@ -47,7 +44,7 @@ MIN_WORDS = 2  # in a caption; the paper gives no number (C)
 HELD_OUT = 0.05  # the share kept for validation where no other data is named
 WINDOW = 1024  # samples of a tar among which the order is random
 
-# ----------------------------------------------------------------------------- one picture
+# ---- one picture ---------------------------------------------------------------------------------
 
 
 def read_image(data: bytes) -> Image.Image:
@@ -108,7 +105,7 @@ def middle_square(image: str | Path | Image.Image, size: int, grid: int) -> Imag
     return Image.fromarray(to_8_bits(area_resize(crop_square(to_rgb(image), x, y, size), size)))
 
 
-# ----------------------------------------------------------------------------- captions
+# ---- captions ------------------------------------------------------------------------------------
 
 
 def tidy(text: str) -> str:
@@ -143,12 +140,12 @@ BOILERPLATE = re.compile(
     rf"""
     \b (?:photographed|pictured|taken|shot|captured) \s+ (?:(?:on|in|at) \s+)?
     (?: (?:mon|tues|wednes|thurs|fri|satur|sun)day ,? \s+ )?
-    (?: {DAY} \s+ {MONTH} (?: ,? \s+ {YEAR} )?              # 3 May 2007, the 3rd of May
-      | {MONTH} (?: \s+ {DAY} )? (?: ,? \s+ {YEAR} )?      # May 3rd, 2007; May 2007
-      | \d{{1,4}} ([-./]) \d{{1,2}} \1 \d{{1,4}}             # 2007-05-03, 3.5.2007, 05/03/07
+    (?: {DAY} \s+ {MONTH} (?: ,? \s+ {YEAR} )?                   # 3 May 2007, the 3rd of May
+      | {MONTH} (?: \s+ {DAY} )? (?: ,? \s+ {YEAR} )?            # May 3rd, 2007; May 2007
+      | \d{{1,4}} ([-./]) \d{{1,2}} \1 \d{{1,4}}                 # 2007-05-03, 3.5.2007, 05/03/07
       | {YEAR}
     ) \b
-    | (?<!\S) \S+ \. (?:jpe?g|png|webp|gif|tiff?|bmp) \b     # names of files
+    | (?<!\S) \S+ \. (?:jpe?g|png|webp|gif|tiff?|bmp) \b         # names of files
     | \b (?:img|dsc[fn]?|pict?|image|photo|scan) [ _-]? \d+ \b   # and what cameras call them
     """,
     re.IGNORECASE | re.VERBOSE,
@@ -174,7 +171,7 @@ def printable(text) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text)[:500])
 
 
-# ----------------------------------------------------------------------------- what all share
+# ---- what all share ------------------------------------------------------------------------------
 
 
 class Strings:
@@ -253,7 +250,7 @@ class Pictures:
         return ", ".join([f"{len(self.files)} pictures", *left_out])
 
 
-# ----------------------------------------------------------------------------- folders
+# ---- folders -------------------------------------------------------------------------------------
 
 
 class Folder(Pictures):
@@ -307,10 +304,10 @@ def files_below(root: Path) -> Iterator[str]:
                 elif entry.is_file(follow_symlinks=False) or (
                     os.path.isfile(entry.path) and os.path.realpath(entry.path).startswith(start)
                 ):
-                    yield entry.path[len(start) :]
+                    yield entry.path[len(start) :].replace(os.sep, "/")
 
 
-# ----------------------------------------------------------------------------- tables
+# ---- tables --------------------------------------------------------------------------------------
 
 PATH_COLUMNS = ("path", "filepath", "file_path", "filename", "file_name", "file", "image_path",
                 "image", "img", "url")  # fmt: skip
@@ -413,7 +410,7 @@ def guess_columns(path: Path, rows: list[list[str]]) -> tuple[str, ...]:
     return ("path", "caption") if files[0] >= files[1] else ("caption", "path")
 
 
-# ----------------------------------------------------------------------------- tars
+# ---- tars ----------------------------------------------------------------------------------------
 
 
 class Tars(Pictures):
@@ -455,7 +452,9 @@ class Tars(Pictures):
         return self.shards[self.places[k, 0]] / self.files[k]
 
     def read(self, k: int, start: int, size: int) -> bytes:
-        data = os.pread(open_shard(self.shards[self.places[k, 0]]).handle, size, start)
+        shard = open_shard(self.shards[self.places[k, 0]], os.getpid(), get_ident())
+        shard.file.seek(start)
+        data = shard.file.read(size)
         if len(data) < size:
             raise ValueError("the tar ends before it; was it changed?")
         return data
@@ -530,14 +529,14 @@ def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], i
                 tar.members.clear()  # it would keep them all
                 if member.size < 0:
                     raise ValueError("a member has a negative size")
-                name = os.path.normpath(member.name)
+                name = posixpath.normpath(member.name)
                 plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
                 if member.isdir():
                     continue
                 if not plain or member.issparse() or name.startswith(("/", "..")):
                     odd += 1
                     continue
-                key, suffix = os.path.splitext(name)
+                key, suffix = posixpath.splitext(name)
                 suffix = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                 if suffix in ("image", ".txt", ".json"):
                     place = (name, member.offset_data, member.size)
@@ -551,20 +550,23 @@ def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], i
 
 
 class OpenShard:
-    """A file that is closed when the last reference to it goes."""
+    """An open tar, closed when the last reference to it goes."""
 
-    def __init__(self, path: Path):
-        self.handle = os.open(path, os.O_RDONLY)
+    def __init__(self, file):
+        self.file = file
 
-    def __del__(self, close=os.close):  # at the very end os may be gone
-        if hasattr(self, "handle"):
-            close(self.handle)
-
-
-open_shard = lru_cache(maxsize=64)(OpenShard)  # in each process; reads say where, so it is shared
+    def __del__(self):
+        self.file.close()
 
 
-# ----------------------------------------------------------------------------- data sets by name
+@lru_cache(maxsize=64)
+def open_shard(path: Path, process: int, thread: int) -> OpenShard:
+    """Each process and thread has a handle of its own: where to read next is a handle's state, and
+    after a fork both sides would move it."""
+    return OpenShard(open(path, "rb"))
+
+
+# ---- data sets by name ---------------------------------------------------------------------------
 
 
 def split(pictures: Pictures) -> tuple[Pictures, Pictures]:
@@ -602,57 +604,13 @@ def open_dataset(
     captions and images that the paper would drop (C) are passed over. ValueError where the spec
     names nothing usable.
     """
-    if spec == "toy":
-        train, held_out = ToyWorld(image_size, "train"), ToyWorld(image_size, "val")
-    elif val:
-        train, held_out = open_pictures(spec, captions, filters), None
-    else:
-        train, held_out = split(open_pictures(spec, captions, filters))
-    if val == "toy":
-        held_out = ToyWorld(image_size, "val")
-    elif val:
-        held_out = open_pictures(val, captions, filters)
-    return train, held_out
 
+    def open_one(spec: str, part: str) -> ToyWorld | Pictures:
+        if spec == "toy":
+            return ToyWorld(image_size, part)
+        return open_pictures(spec, captions, filters)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Count a data set and draw a sheet of it.")
-    parser.add_argument("spec", nargs="?", default="toy", help="toy (default), folder, table, tars")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of the toy world")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
-    parser.add_argument("--filters", action="store_true", help="pass over what the paper drops (C)")
-    parser.add_argument("-o", "--out", help="default toy.png or data.png")
-    args = parser.parse_args()
-    out = args.out or ("toy.png" if args.spec == "toy" else "data.png")
-    size, rng = args.image_size, random.Random(0)
-    try:
-        if args.spec == "toy":
-            pictures = ToyWorld(size, args.split)
-        else:
-            pictures = open_pictures(args.spec, True, args.filters)
-        print(f"{pictures.name}: {pictures.counts()}")
-        cells, faults, began = [], [], time.perf_counter()
-        for i in range(min(400, len(pictures))):
-            try:
-                img, captions = pictures[i]
-                cells.append((preprocess_prior(img, size, rng), captions[0]))
-            except ValueError as error:
-                faults.append(str(error))
-        rate = len(cells) / (time.perf_counter() - began)
-        for fault in faults[:5]:
-            print(fault)
-        if not cells:
-            raise ValueError(f"no usable picture among the first {len(faults)} of {args.spec}")
-        rows = [[pixels for pixels, _ in cells[r : r + 8]] for r in range(0, 40, 8)]
-        captions = [[caption for _, caption in cells[r : r + 8]] for r in range(0, 40, 8)]
-        rows = [row for row in rows if row]
-        sheet(rows, captions, max(1, 128 // size)).save(out)
-    except (OSError, ValueError) as error:
-        print(f"data.files: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"{len(cells)} pictures read, {len(faults)} passed over, {rate:.0f} a second on one core")
-    print(f"{out}: the first {min(40, len(cells))} of them")
-
-
-if __name__ == "__main__":
-    main()
+    train = open_one(spec, "train")
+    if val or spec == "toy":
+        return train, open_one(val or "toy", "val")
+    return split(train)

@@ -4,11 +4,14 @@ gives the same pictures, in an order that no number of processes changes."""
 import csv
 import io
 import json
+import pickle
 import random
 import re
 import tarfile
+import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +20,8 @@ import torch
 from PIL import Image
 
 import data.files as sources
+import engine.cli
+import lab.data
 from data import toy
 from data.files import open_dataset, read_image
 from data.listings import area_resize, preprocess_dvae, preprocess_prior
@@ -529,6 +534,30 @@ def test_a_small_tar_is_cycled(tmp_path):
     assert (np.sort(epochs) == range(3)).all()
 
 
+class Dawdler(io.BufferedReader):
+    """Leaves others time to move a shared place between finding it and reading there."""
+
+    def seek(self, *where):
+        place = super().seek(*where)
+        time.sleep(0.002)
+        return place
+
+
+def test_tars_are_read_by_many_at_once(tmp_path, monkeypatch):
+    """By threads, and by processes forked off after the shard was opened."""
+    n = numbered_shards(tmp_path, [80])
+    tars = pickle.loads(pickle.dumps(sources.open_pictures(str(tmp_path / "*.tar"), False, False)))
+    monkeypatch.setattr(sources, "open", lambda path, _: Dawdler(io.FileIO(path)), raising=False)
+    color = [tars[k][0].getpixel((0, 0)) for k in range(n)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda k: tars[k][0].getpixel((0, 0)), range(n))) == color
+    samples = Samples(tars, number_of, seed=0)
+    ranks = [micro_batches(samples, 0, 2, 40, 5, rank, 2, workers=2) for rank in (0, 1)]
+    pairs = list(zip(*ranks))  # from four processes
+    found = [int(k) for pair in pairs for tensors, _ in pair for k in tensors[0][:, 0]]
+    assert sorted(found) == list(range(n))
+
+
 def test_shards_must_be_there_and_whole(tmp_path):
     numbered_shards(tmp_path, [5, 5, 5])
     spec = str(tmp_path / "{00..02}.tar")
@@ -666,3 +695,23 @@ def test_filters(tmp_path):
     unfiltered = sources.open_pictures(str(tmp_path), True, False)
     assert [unfiltered[i][1] for i in range(len(pairs))] == [[caption] for caption, *_ in pairs]
     assert sources.MIN_WORDS == 2
+
+
+def test_a_look_at_a_data_set(tmp_path, monkeypatch, capsys):
+    specs = small_world(tmp_path / "data")
+    (tmp_path / "data/photos/a/00.png").write_bytes(b"no picture")
+    sheet = tmp_path / "sheet.png"
+
+    def look(*args):
+        monkeypatch.setattr("sys.argv", ["lab.data", *args])
+        engine.cli.start(lab.data.main)
+        return capsys.readouterr().out.splitlines()
+
+    counts, fault, rate, written = look(specs["folder"], "-o", str(sheet), "--filters")
+    assert counts.endswith("photos: 12 pictures") and fault.startswith("unreadable: ")
+    assert rate.startswith("11 pictures read, 1 passed over, ") and written.startswith(str(sheet))
+    assert Image.open(sheet).width > 8 * 32
+    for args in (["nowhere"], ["--image-size", "0"], ["-o", str(tmp_path / "no/sheet.png")]):
+        with pytest.raises(SystemExit) as end:
+            look(*args)
+        assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -1,0 +1,59 @@
+"""
+A look at a data set before it is trained on: counts, what cannot be used and why, a sheet.
+
+    python -m lab.data my_photos --filters
+"""
+
+import random
+import textwrap
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from data.files import open_pictures
+from data.listings import preprocess_prior
+from data.sheets import check_output, contact_sheet
+from data.toy import ToyWorld
+from engine.cli import Parser, start
+
+LOOKED_AT = 400  # pictures
+SHOWN = 40
+
+
+def main() -> None:
+    parser = Parser(description="Count a data set and draw a sheet of it.")
+    parser.add_argument("spec", nargs="?", default="toy", help="toy (default), folder, table, tars")
+    parser.add_argument("--filters", action="store_true", help="pass over what the paper drops (C)")
+    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("data.png"), help="default data.png")
+    args = parser.parse_args()
+    if args.image_size < 1:
+        raise ValueError(f"--image-size {args.image_size}: expected at least 1")
+    check_output(args.out)
+    if args.spec == "toy":
+        pictures = ToyWorld(args.image_size, "train")
+    else:
+        pictures = open_pictures(args.spec, captions=True, filters=args.filters)
+    print(f"{pictures.name}: {pictures.counts()}")
+    cells, faults, rng, began = [], [], random.Random(0), time.perf_counter()
+    for i in range(min(LOOKED_AT, len(pictures))):
+        try:
+            img, captions = pictures[i]
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        pixels = preprocess_prior(img, args.image_size, rng)
+        cells.append((Image.fromarray(pixels), textwrap.shorten(captions[0], 80)))
+    rate = len(cells) / (time.perf_counter() - began)
+    for fault in faults[:5]:
+        print(fault)
+    if not cells:
+        raise ValueError(f"no usable picture among the first {len(faults)} of {args.spec}")
+    print(f"{len(cells)} pictures read, {len(faults)} passed over, {rate:.0f} a second on one core")
+    contact_sheet(cells[:SHOWN], columns=8).save(args.out)
+    print(f"{args.out}: the first {len(cells[:SHOWN])} of them")
+
+
+if __name__ == "__main__":
+    start(main)
