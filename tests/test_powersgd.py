@@ -318,6 +318,18 @@ def replayed(rank: int, port: int, machines: int, shards: int) -> None:
             if kind == "large buffer":
                 for n, _ in matrices:
                     compressor.errors[n] = torch.zeros(SHAPES[n])
+
+        # what is averaged keeps its sign when it is clamped; a NaN has none
+        factor = torch.tensor([[torch.inf, -torch.inf, torch.nan, 2.0]])
+        if machine:
+            factor[:] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        most = largest("1-6-9") / scale if bits == 16 else torch.finfo(torch.float32).max
+        for values, ok in ((factor, False), (torch.full((1, 4), machine + 1.0), True)):
+            means, finite = compressor.average_factors({("wide", 0): values.clone()})
+            mean = [most, -most, 0, (2 + 4 * (machines - 1)) / machines]
+            expected = mean if not ok else [(machines + 1) / 2] * 4
+            assert means["wide", 0][0].tolist() == pytest.approx(expected, rel=2**-10)
+            assert finite["wide", 0] == ok
     dist.destroy_process_group()
 
 
