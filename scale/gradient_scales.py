@@ -4,7 +4,8 @@ Training in 16 bits with a gradient scale for each resblock (2.4, D, Fig. 4).
 The gradients of the activations shrink from the early resblocks to the late ones, until they
 underflow in float16; in a deep model no one scale of the loss keeps all of them in range. So each
 resblock has its own: the gradient is multiplied by it where it enters the resblock, at its output,
-and divided by it where it leaves, at its input. The identity path stays in 32 bits.
+and divided by it where it leaves, at its input. The identity path stays in 32 bits, and so do the
+gradients of gains and biases.
 
     scales = GradientScales(model.blocks)
     with torch.autocast(device, torch.float16):
@@ -13,15 +14,17 @@ and divided by it where it leaves, at its input. The identity path stays in 32 b
     if scales.finish(step):
         optimizer.step()
 
-What is not here: 16-bit parameters and Adam's 16-bit moments. Our reading: 32-bit master weights,
-which autocast casts for each product, so that small updates are not rounded away.
+What is not here: 16-bit parameters. Our reading: 32-bit master weights, which autocast casts for
+each product, so that small updates are not rounded away.
 """
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale.powersgd import local
@@ -64,6 +67,25 @@ class AtInput(torch.autograd.Function):
         return filtered(grad.float() / scale), None
 
 
+class BiasGradient(torch.autograd.Function):
+    """Forward: nothing, the bias [n] is in y [..., n] already. Backward: its gradient, summed in 32
+    bits (D.2)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.flatten(0, -2).sum(0, dtype=torch.float32)
+
+
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """The forward pass of nn.Linear. Autocast casts its bias, and would sum the bias's gradient in
+    float16, where more than 65504 is infinity."""
+    return BiasGradient.apply(F.linear(x, module.weight, module.bias.detach()), module.bias)
+
+
 class GradientScales:
     """The scales of some resblocks, modules called with one tensor that return what is added to
     it. They start at M · 2^13 and stay in [M · 2^7, M · 2^24] (D).
@@ -81,6 +103,9 @@ class GradientScales:
         for i, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self.enter(i))
             block.register_forward_hook(self.leave(i))
+            for module in block.modules():
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.forward = partial(linear, module)
 
     def enter(self, i: int):
         return lambda block, args: (AtInput.apply(args[0], self.scales[i]), *args[1:])

@@ -146,3 +146,41 @@ def test_the_rule():
     copy = GradientScales(resblocks(), M=8)
     copy.load_state_dict(scales.state_dict())
     assert (copy.scales == scales.scales).all() and (copy.divided_at == scales.divided_at).all()
+
+
+def test_a_biass_gradient_is_summed_in_32_bits():
+    """102,400 positions of gradient 1 are infinity in float16, for which the scale would fall."""
+
+    def update(block, scales):
+        scales.scales.fill_(2.0**10)
+        x = torch.zeros(100, 1024, WIDTH)
+        with torch.autocast("cpu", torch.float16):
+            y = x + block[0](x)
+        y.backward(torch.full_like(y, 2.0**-10))
+        before = block[0].bias.grad.clone()
+        return before, scales.finish(0)
+
+    block = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+    scales = GradientScales(block)
+    grad, finite = update(block, scales)
+    assert (grad == 102_400).all() and grad.dtype == torch.float32
+    assert finite and (block[0].bias.grad == 100).all()
+    assert scales.scales.item() == pytest.approx(2**10.001)
+
+    block[0].zero_grad()
+    del block[0].forward  # nn.Linear's own again
+    grad, finite = update(block, scales)
+    assert grad.isinf().all() and not finite
+    assert scales.scales.item() == pytest.approx(2**9.5)
+
+
+def test_linear_layers_give_what_they_gave():
+    plain, scaled = resblocks()[:1], resblocks()[:1]
+    scales = GradientScales(scaled)
+    x = torch.randn(2, 4, WIDTH)
+    assert torch.equal(plain[0](x), scaled[0](x))
+    for blocks in (plain, scaled):
+        blocks[0](x).square().sum().backward()
+    scales.finish(0)
+    for p, q in zip(plain.parameters(), scaled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
