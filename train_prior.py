@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.optim import AdamW
 
 from bpe import BPE
 from data.files import open_dataset
@@ -30,6 +29,7 @@ from dvae import DVAE, DVAEConfig
 from engine.checkpoint import load_model
 from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
+from scale.adamw import AdamW
 from transformer import Transformer, TransformerConfig, pad_text
 
 
@@ -206,10 +206,10 @@ def main() -> None:
         if run.world.is_main:
             bpe.save(run.dir / "bpe.json")
         ema = run.average(model, hp.ema)
-        # Weight decay on everything: our reading, for the paper exempts nothing.
-        adamw = AdamW(
-            model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
-        )
+        # The running variance is clipped to 5 (B.2). Weight decay on everything: our reading, for
+        # the paper exempts nothing.
+        betas = (hp.beta1, hp.beta2)
+        adamw = AdamW(model.parameters(), hp.lr, betas, hp.eps, hp.weight_decay, args.moments)
         halving = Halving()
         about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}
         run.track(model, adamw, ema, about, halving=halving)

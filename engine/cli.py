@@ -91,6 +91,8 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
             "the GPUs of a machine (2.5), or among this many")  # fmt: skip
         add("--powersgd-rank", type=int, metavar="R",
             help="compress what machines send each other to this rank (E)")  # fmt: skip
+        add("--moments", type=int, choices=(32, 16), default=32, help="bits of Adam's moments and "
+            "PowerSGD's buffers; 16 are the paper's formats (B.2, E.2)")  # fmt: skip
         add("--checkpoint-activations", action="store_true",
             help="keep only the resblocks' inputs, compute the rest again (2.4)")  # fmt: skip
     for config in configs:

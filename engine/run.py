@@ -251,7 +251,7 @@ class Run:
             checkpoint_activations(model.blocks)
         self.compressor = None
         if args.powersgd_rank:
-            self.compressor = compress(model, args.powersgd_rank, self.mesh, args.seed)
+            self.compressor = compress(model, args, self.mesh)
         if self.state:
             about, own = self.state.about, [dict(group) for group in optimizer.param_groups]
             checkpoint.restore(self.state, model, ema, optimizer, self.compressor)
@@ -327,9 +327,8 @@ class Run:
             group["lr"] = lr
         self.scaler.unscale_(optimizer)
         finite = self.scales is None or self.scales.finish(self.step)
-        if self.compressor:
-            self.compressor.average_gradients()
-        norm = clip_gradients(self.model, clip).item()
+        norm = self.compressor.average_gradients() if self.compressor else None
+        norm = clip_gradients(self.model, clip, norm).item()
         made = finite and math.isfinite(norm)
         if made:
             self.scaler.step(optimizer)
@@ -474,17 +473,19 @@ def out_of_memory(error: BaseException, run: Run) -> Stop:
     )
 
 
-def compress(model: nn.Module, rank: int, mesh: DeviceMesh | None, seed: int) -> PowerSGD:
+def compress(model: nn.Module, args: argparse.Namespace, mesh: DeviceMesh | None) -> PowerSGD:
     """Between the machines of a mesh, or between all processes: the matrices of the resblocks are
     compressed, embeddings, unembeddings, gains and biases are not (E)."""
     matrices = [(n, p) for n, p in model.blocks.named_parameters() if p.ndim == 2]
     compressed = {id(p) for _, p in matrices}
     others = [p for p in model.parameters() if id(p) not in compressed]
-    if mesh is None:
-        return PowerSGD(matrices, others, rank, seed=seed)
-    gpu = mesh["gpu"]
+    among = {}
+    if mesh:
+        gpu = mesh["gpu"]
+        among = {"shards": gpu.size(), "shard": gpu.get_local_rank()}
+        among["group"] = mesh["machine"].get_group()
     return PowerSGD(
-        matrices, others, rank, mesh["machine"].get_group(), gpu.size(), gpu.get_local_rank(), seed
+        matrices, others, args.powersgd_rank, seed=args.seed, bits=args.moments, **among
     )
 
 

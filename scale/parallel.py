@@ -188,8 +188,12 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def clip_gradients(model: nn.Module, most: float) -> Tensor:
-    """Scale the gradients to a norm of at most `most`; the norm before, over all shards."""
+def clip_gradients(model: nn.Module, most: float, norm: Tensor | None = None) -> Tensor:
+    """Scale the gradients to a norm of at most `most`; the norm before, over all shards, which is
+    computed where it is not known."""
+    if norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
+        return norm
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
