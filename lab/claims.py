@@ -30,7 +30,7 @@ from data.loader import images_to
 from data.toy import COLORS as HUES
 from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
 from engine.cli import Parser, start
-from engine.log import COLORS, Panel, Series, plot
+from engine.log import COLORS, PALE, save, subplots
 from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
 from sample import SHIPPED, encode_prompt, load_run
 from transformer import Transformer
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
     columns: list[str]
     rows: list[list]
     verdict: str
-    panels: list[Panel]
+    figure: object  # matplotlib's
 
 
 # ----------------------------------------------------------------------------- runs
@@ -102,10 +102,14 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def over_seeds(name: str, x: list[float], values: list[list[float]], color: str) -> Series:
-    """A point for each x: the mean over the seeds, with a bar from the least to the most."""
-    spread = [(min(v), max(v)) for v in values]
-    return Series(name, x, [mean(v) for v in values], color, spread, dots=True)
+def over_seeds(axis, values: list[list[float]], color: str, name: str | None = None) -> None:
+    """A point for each place: the mean over the seeds, with a bar from the least to the most."""
+    means = [mean(v) for v in values]
+    bars = [
+        [m - min(v) for m, v in zip(means, values)],
+        [max(v) - m for m, v in zip(means, values)],
+    ]
+    axis.errorbar(range(len(values)), means, bars, None, "o-", color=color, label=name, capsize=3)
 
 
 # ----------------------------------------------------------------------------- stage one
@@ -114,6 +118,7 @@ def over_seeds(name: str, x: list[float], values: list[list[float]], color: str)
 def relaxation() -> Outcome:
     """With the temperature tau of the relaxation annealed to 1/16, the relaxed validation ELB is
     close to the true one, whose codes are drawn from q (2.1)."""
+    figure, (left, right) = subplots(2)
     taus = {1.0: "1", 0.25: "1/4", 0.0625: "1/16"}
     found = sweep([1.0], list(taus))
     true, relaxed = ([[e[k] for e in seeds] for seeds in found] for k in ("elb", "relaxed_elb"))
@@ -127,23 +132,21 @@ def relaxation() -> Outcome:
         f"{'holds' if abs(closed) < 0.05 * wide else 'does not hold'} here: the gap is {wide:.3f} "
         f"nats per pixel value with tau = 1 and {closed:.4f} with 1/16, {closed / wide:.1%} of it"
     )
-    axes = dict(x_label="tau at the end of training", y_label="nats per pixel value")
-    axes |= dict(log_x=True, x_ticks=taus)
-    elbs = [
-        over_seeds("relaxed", list(taus), relaxed, COLORS[1]),
-        over_seeds("true", list(taus), true, COLORS[0]),
-    ]
-    panels = [
-        Panel("validation ELB (beta = 1), 3 seeds", series=elbs, **axes),
-        Panel("the gap", series=[over_seeds("", list(taus), gaps, COLORS[2])], **axes),
-    ]
+    over_seeds(left, relaxed, COLORS[1], "relaxed")
+    over_seeds(left, true, COLORS[0], "true")
+    left.legend()
+    over_seeds(right, gaps, COLORS[2])
+    for axis, title in ((left, "validation ELB (beta = 1), 3 seeds"), (right, "the gap")):
+        axis.set_xticks(range(len(taus)), taus.values())
+        axis.set(title=title, xlabel="tau at the end of training", ylabel="nats per pixel value")
     columns = ["tau", "true ELB", "relaxed ELB", "gap", "least gap", "most gap"]
-    return Outcome(columns, rows, verdict, panels)
+    return Outcome(columns, rows, verdict, figure)
 
 
 def kl_weight() -> Outcome:
     """A larger KL weight, beta = 6.6 instead of the bound's 1, brings more codes into use and in
     the end a smaller reconstruction error (2.1, A.2)."""
+    figure, (left, right) = subplots(2)
     betas = [0.0, 1.0, 6.6]
     found = sweep(betas, [1 / 16])
     codes, psnr = ([[e[k] for e in seeds] for seeds in found] for k in ("codes", "val_psnr"))
@@ -162,17 +165,15 @@ def kl_weight() -> Outcome:
         f"with 6.6 after {STEPS} steps"
         for what, v, form in (("codes in use", codes, ".0f"), ("PSNR in dB", psnr, ".1f"))
     ]
-    places = [0.0, 1.0, 2.0]
-    axes = dict(x_label="beta", x_ticks=dict(zip(places, ("0", "1", "6.6"))))
-    panels = [
-        Panel(title, y_label=unit, series=[over_seeds("", places, values, color)], **axes)
-        for title, unit, values, color in (
-            ("codes in use, of 256; 3 seeds", "codes", codes, COLORS[0]),
-            ("PSNR through argmax tokens", "dB", psnr, COLORS[1]),
-        )
-    ]
+    over_seeds(left, codes, COLORS[0])
+    left.set(title="codes in use, of 256; 3 seeds", ylabel="codes")
+    over_seeds(right, psnr, COLORS[1])
+    right.set(title="PSNR through argmax tokens", ylabel="dB")
+    for axis in (left, right):
+        axis.set_xticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+        axis.set_xlabel("beta")
     columns = ["beta", "codes", "least", "most", "PSNR in dB", "least", "most"]
-    return Outcome(columns, rows, "; ".join(verdicts), panels)
+    return Outcome(columns, rows, "; ".join(verdicts), figure)
 
 
 # ----------------------------------------------------------------------------- drawing
@@ -181,6 +182,7 @@ def kl_weight() -> Outcome:
 def rerank() -> Outcome:
     """Of N candidates the one that a contrastive model likes best is kept; quality rises clearly
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
+    figure, (axis,) = subplots(1)
     prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
     run, clip, judge = load_run(SHIPPED, "cpu"), load_clip(SHIPPED / "clip.pt"), train_judge()
     shares = []
@@ -196,16 +198,17 @@ def rerank() -> Outcome:
         f"{unseen[6]:.1f}% right; on seen pairs {seen[0]:.1f}, {seen[3]:.1f}, {seen[5]:.1f}, "
         f"{seen[6]:.1f}%"
     )
-    series = [
-        Series("seen pairs", sizes, seen, COLORS[0], dots=True),
-        Series("unseen pairs", sizes, unseen, COLORS[1], dots=True),
-        Series("", sizes, seen_any, COLORS[0], pale=True),
-        Series("", sizes, unseen_any, COLORS[1], pale=True),
-    ]
-    title, ticks = "colour and shape right; pale: any of the N", {float(n): str(n) for n in sizes}
-    panel = Panel(title, "N candidates", "% of captions", series, log_x=True, x_ticks=ticks)
+    axis.plot(sizes, seen, "o-", color=COLORS[0], label="seen pairs")
+    axis.plot(sizes, unseen, "o-", color=COLORS[1], label="unseen pairs")
+    axis.plot(sizes, seen_any, color=COLORS[0], **PALE)
+    axis.plot(sizes, unseen_any, color=COLORS[1], **PALE)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, map(str, sizes))
+    axis.set(title="colour and shape right; pale: any of N", xlabel="N candidates")
+    axis.set_ylabel("% of captions")
+    axis.legend()
     columns = ["N", "seen", "seen, any", "unseen", "unseen, any"]
-    return Outcome(columns, [list(row) for row in zip(sizes, *shares)], verdict, [panel])
+    return Outcome(columns, [list(row) for row in zip(sizes, *shares)], verdict, figure)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -218,6 +221,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def unseen() -> Outcome:
     """The model combines what it knows in ways that the training data did not: objects and styles
     that it never saw together (3.3)."""
+    figure, (axis,) = subplots(1, width=8)
     run, judge = load_run(SHIPPED, "cpu"), train_judge()
     rows = []
     for kind, split in (("seen pairs", "val"), ("unseen pairs", "unseen")):
@@ -236,14 +240,12 @@ def unseen() -> Outcome:
         f"unseen pairs are drawn right at the first try, against {rows[0][1]:.0f}% of seen ones "
         f"and {chance:.1f}% by blind guessing"
     )
-    ticks = {float(k): row[0].replace(" ", "\n") for k, row in enumerate(rows)}
-    series = [
-        Series("", [x], [row[1]], COLORS[int(x > 0)], [(row[2], row[3])], dots=True)
-        for x, row in zip(ticks, rows)
-    ]
-    title = "colour and shape right at the first try, 95% intervals"
-    panel = Panel(title, "", "% of captions", series, x_ticks=ticks, width=420)
-    return Outcome(["pair", "% right", "from", "to", "captions"], rows, verdict, [panel])
+    for x, (_, share, low, high, _) in enumerate(rows):
+        bars = [[share - low], [high - share]]
+        axis.errorbar(x, share, bars, None, "o", color=COLORS[min(x, 1)], capsize=3)
+    axis.set_xticks(range(len(rows)), [row[0].replace(" ", "\n") for row in rows])
+    axis.set(title="colour and shape right at the first try, 95% intervals", ylabel="% of captions")
+    return Outcome(["pair", "% right", "from", "to", "captions"], rows, verdict, figure)
 
 
 # ----------------------------------------------------------------------------- 16 bits
@@ -303,6 +305,7 @@ def underflow() -> Outcome:
     """Activation gradients shrink from the early resblocks to the late ones. In a deep model they
     underflow in float16 under any one scale of the loss; with a scale for each resblock they do
     not (2.4, D, Fig. 4)."""
+    figure, (largest, flushed, serving) = subplots(3)
     run_dir = RUNS / "underflow"
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("dvae.pt", "bpe.json"):
@@ -343,32 +346,25 @@ def underflow() -> Outcome:
         f"{spare[0]:.1f} times in the fresh model)"
     )
 
-    def lines(name: str, values: list[float], color: str) -> list[Series]:
-        even, odd = (list(range(k, len(values), 2)) for k in (0, 1))
-        of_mlps = Series("", odd, values[1::2], color, pale=True)
-        return [Series(name, even, values[0::2], color), of_mlps]
+    def draw(axis, name: str, values: list[float], color: str) -> None:
+        axis.plot(range(0, len(values), 2), values[0::2], color=color, label=name)
+        axis.plot(range(1, len(values), 2), values[1::2], color=color, **PALE)
 
+    draw(largest, "fresh", [r.largest for r in found["fresh"][0]], COLORS[2])
+    draw(largest, "after 300 steps", [r.largest for r in ranges], COLORS[0])
+    largest.set(title="largest gradient; pale: MLP", ylabel="|gradient|", yscale="log")
     names = {"none": "no scale", "one": "one scale", "own": "their own"}
-    panels = [
-        Panel(
-            "largest gradient; pale: MLP", "resblock", "|gradient|",
-            lines("fresh", [r.largest for r in found["fresh"][0]], COLORS[2])
-            + lines("after 300 steps", [r.largest for r in ranges], COLORS[0]),
-            log_y=True,
-        ),
-        Panel(
-            "flushed to zero in float16; pale: MLP", "resblock", "% of values",
-            [s for (kind, row), color in zip(shares.items(), COLORS)
-             for s in lines(names[kind], row, color)],
-        ),
-        Panel(
-            "scales that serve a resblock; pale: MLP", "resblock", "log2 scale",
-            lines("highest", [math.log2(v) for v in highest], COLORS[1])
-            + lines(f"lowest, {TOLERATED:.0%} flushed", [math.log2(v) for v in lowest], COLORS[5]),
-        ),
-    ]  # fmt: skip
+    for (kind, row), color in zip(shares.items(), COLORS):
+        draw(flushed, names[kind], row, color)
+    flushed.set(title="flushed to zero in float16; pale: MLP", ylabel="% of values")
+    draw(serving, "highest", [math.log2(v) for v in highest], COLORS[1])
+    draw(serving, f"lowest, {TOLERATED:.0%} flushed", [math.log2(v) for v in lowest], COLORS[5])
+    serving.set(title="scales that serve a resblock; pale: MLP", ylabel="log2 scale")
+    for axis in (largest, flushed, serving):
+        axis.set_xlabel("resblock")
+        axis.legend()
     columns = ["model", "scales", "log2 from", "to", "flushed %", "worst resblock %"]
-    return Outcome(columns, rows, verdict, panels)
+    return Outcome(columns, rows, verdict, figure)
 
 
 # ----------------------------------------------------------------------------- the door
@@ -398,7 +394,7 @@ def main() -> None:
     print(f"the paper: {says}\n")
     args.out.mkdir(parents=True, exist_ok=True)
     found = CLAIMS[args.claim]()
-    plot(found.panels, args.out / f"{args.claim}.png")
+    save(found.figure, args.out / f"{args.claim}.png")
     result = {"claim": args.claim, "paper": says, "verdict": found.verdict}
     result |= {"columns": found.columns, "rows": found.rows}
     path = args.out / f"{args.claim}.json"

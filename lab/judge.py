@@ -24,7 +24,7 @@ from data.sheets import check_output
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
 from engine.cli import Parser, Stop, start
 from engine.log import COLORS as LINES
-from engine.log import Panel, Series, plot
+from engine.log import save, subplots
 from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity
 
 SIZE = 32  # pixels, of the toy world the judge knows
@@ -176,11 +176,12 @@ def judge_candidates(
     return torch.stack(scores), torch.stack(good)
 
 
-def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, out: Path) -> None:
-    """Accuracy against the number of candidates of which the best is taken, as in Fig. 9c."""
+def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, axis) -> None:
+    """Accuracy against the number of candidates of which the best is taken, as in Fig. 9c, printed
+    and drawn on the axes."""
     sizes = [2**k for k in range(candidates.bit_length())]
-    series, table = [], [[f"{n:>4}"] for n in sizes]
-    for kind, split, line in (("seen", "val", LINES[0]), ("unseen", "unseen", LINES[1])):
+    table = [[f"{n:>4}"] for n in sizes]
+    for kind, split, color in (("seen", "val", LINES[0]), ("unseen", "unseen", LINES[1])):
         scores, good = judge_candidates(judge, run, clip, split, prompts, candidates, seed)
         shares = [best_of(scores, good, n) for n in sizes]
         means = [100 * share.mean().item() for share in shares]
@@ -188,16 +189,15 @@ def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, ou
         for row, n, mean, error in zip(table, sizes, means, errors):
             possible = 100 * best_of(good.float(), good, n).mean().item()
             row.append(f"{mean:9.1f} ± {error:3.1f}   {possible:5.1f}")
-        spread = [(mean - error, mean + error) for mean, error in zip(means, errors)]
-        series.append(Series(f"{kind} pairs", sizes, means, line, spread, dots=True))
+        axis.errorbar(sizes, means, errors, None, "o-", color=color, label=f"{kind} pairs")
     print("best of   seen pairs, any   unseen pairs, any   (colour and shape right, %)")
     for row in table:
         print("".join(row))
-    ticks = {n: str(n) for n in sizes}
-    title = f"{prompts} prompts of each kind, best of N"
-    panel = Panel(title, "candidates N", "colour and shape right, %", series, True, x_ticks=ticks)
-    plot([panel], out)
-    print(f"{out}: accuracy against the number of candidates")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, map(str, sizes))
+    axis.set(title=f"{prompts} prompts of each kind, best of N", xlabel="candidates N")
+    axis.set_ylabel("colour and shape right, %")
+    axis.legend()
 
 
 def main() -> None:
@@ -221,6 +221,7 @@ def main() -> None:
                 f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
             )
         check_output(args.out)
+        figure, (axis,) = subplots(1)
     judge = train_judge()
     x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
     for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
@@ -242,7 +243,9 @@ def main() -> None:
             f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
         )
     if args.candidates is not None:
-        rerank(judge, run, clip, args.prompts, args.candidates, args.seed, args.out)
+        rerank(judge, run, clip, args.prompts, args.candidates, args.seed, axis)
+        save(figure, args.out)
+        print(f"{args.out}: accuracy against the number of candidates")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.cli import start
-from engine.log import Panel, Series
+from engine.log import subplots
 from lab import claims
 from lab.claims import Outcome, Range, gradient_ranges, train, wilson
 from transformer import Transformer, TransformerConfig, pad_text
@@ -118,8 +118,9 @@ def test_what_a_claim_leaves_behind(monkeypatch, tmp_path, capsys):
     def toy():
         """The paper
         says so (1.2)."""
-        panel = Panel("a", "x", "y", [Series("", [1, 2], [3, 4])])
-        return Outcome(["x", "share"], [[1, 0.5], ["all", 12345.678]], "holds", [panel])
+        figure, (axis,) = subplots(1)
+        axis.plot([1, 2], [3, 4])
+        return Outcome(["x", "share"], [[1, 0.5], ["all", 12345.678]], "holds", figure)
 
     monkeypatch.setattr(claims, "CLAIMS", {"toy": toy})
     monkeypatch.setattr("sys.argv", ["claims.py", "toy", "--out", str(tmp_path / "c")])
