@@ -37,10 +37,10 @@ from bpe import BPE
 from clip import CLIP, load_clip
 from data.files import middle_square
 from data.loader import derive, images_to
-from data.sheets import check_output, contact_sheet, terminal, to_images, write
+from data.sheets import sheet, terminal, to_images
 from dvae import DVAE, load_dvae
-from engine.checkpoint import load
-from engine.cli import Stop, newest_run, pick_device, start
+from engine.checkpoint import load, write_picture
+from engine.cli import Stop, check_output, newest_run, pick_device, start
 from transformer import Transformer, load_transformer, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
@@ -308,16 +308,15 @@ class Drawing:
             if self.originals:
                 cells = [*zip(self.originals, (prompt, f"the top {self.keep_rows} rows")), *cells]
             elif row and len(rows) > 1:
-                cells[0] = (row[0].image, f"{prompt}\n{labels[0]}")
+                cells[0] = (row[0].image, f"{labels[0]} {prompt}")
             table.append(cells)
         width = max(map(len, table))
         if not self.originals and 1 in (len(table), width):
             cells = sum(table, [])
-            return contact_sheet(cells, round(len(cells) ** 0.5 + 0.49))
+            return sheet(*zip(*cells), round(len(cells) ** 0.5 + 0.49))
         nothing = (Image.new("RGB", self.blank.size, "white"), "")
-        return contact_sheet(
-            sum((row + [nothing] * (width - len(row)) for row in table), []), width
-        )
+        cells = sum((row + [nothing] * (width - len(row)) for row in table), [])
+        return sheet(*zip(*cells), width)
 
     def record(self, pictures: list[Picture]) -> str:
         """What a PNG keeps: JSON of the run, the options and the pictures."""
@@ -501,7 +500,7 @@ def paint_all(args: argparse.Namespace) -> None:
     """Draw what the command line asks for, write the pictures, and say what they are."""
     check_output(args.out)
     if args.gif:
-        check_output(args.gif, "GIF")
+        check_output(args.gif, ".gif")
     kept = len(args.prompt) * (args.top or args.candidates) if args.each else 0
     parts = [args.out.with_name(f"{args.out.stem}-{k:02}{args.out.suffix}") for k in range(kept)]
     for path in parts:
@@ -515,7 +514,7 @@ def paint_all(args: argparse.Namespace) -> None:
     def watch() -> None:
         sheet = drawing.sheet(drawing.pictures(undrawn=True))
         if args.watch:
-            write(sheet, args.out)
+            write_picture(args.out, sheet)
         if args.gif:
             frames.append(sheet)
 
@@ -527,16 +526,16 @@ def paint_all(args: argparse.Namespace) -> None:
     pictures = sum(rows, [])
     if not pictures:
         raise KeyboardInterrupt
-    write(drawing.sheet(rows), args.out, drawing.record(pictures))
+    write_picture(args.out, drawing.sheet(rows), drawing.record(pictures))
     for path, picture in zip(parts, pictures):
-        write(picture.image, path, drawing.record([picture]))
+        write_picture(path, picture.image, drawing.record([picture]))
     if frames:
         times = [150] * (len(frames) - 1) + [2000]  # ms
         film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        write(frames[0], args.gif, **film)
+        write_picture(args.gif, frames[0], **film)
     if args.preview:
         cells = [(picture.image, "") for picture in pictures]
-        small = contact_sheet(cells, min(4, len(cells)))
+        small = sheet(*zip(*cells), min(4, len(cells)))
         print(terminal(small, shutil.get_terminal_size().columns))
     for picture in pictures if drawing.clip else ():
         score = "unfinished" if picture.score is None else f"{picture.score:.3f}"

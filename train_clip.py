@@ -23,7 +23,7 @@ from bpe import BPE
 from clip import CLIP, CLIPConfig, contrastive_loss, pad_text
 from data.files import open_dataset
 from data.listings import preprocess_prior
-from data.sheets import sheet
+from data.sheets import sheet, to_images
 from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
 
@@ -100,15 +100,9 @@ def evaluate(model: CLIP, images: Tensor, text: Tensor, chunk: int) -> tuple[dic
 
 def nearest_captions(images: Tensor, text: Tensor, cosines: Tensor, bpe: BPE) -> Image.Image:
     """The first 16 held-out pictures, each over the caption that is nearest among all."""
-    pixels = images[:16].permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     found = text[cosines[:16].argmax(1)]
     captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in found]
-    rows = range(0, len(pixels), 8)
-    return sheet(
-        [list(pixels[k : k + 8]) for k in rows],
-        [captions[k : k + 8] for k in rows],
-        scale=max(1, 128 // pixels.shape[1]),
-    )
+    return sheet(to_images(images[:16]), captions)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from data.files import open_dataset
 from data.listings import preprocess_dvae
-from data.sheets import sheet
+from data.sheets import sheet, to_images
 from dvae import DVAE, DVAEConfig
 from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
@@ -111,10 +111,8 @@ def evaluate(model: DVAE, images: Tensor, micro_batch: int, tau: float) -> dict[
 @torch.no_grad()
 def reconstructions(model: DVAE, images: Tensor) -> Image.Image:
     """Originals [M, 3, H, W], each over what its tokens decode to."""
-    both = torch.stack([images, model.decode(model.encode(images))])
-    both = both.permute(0, 1, 3, 4, 2).mul(255).round().to("cpu", torch.uint8).numpy()
-    rows = [list(row[k : k + 8]) for k in range(0, len(images), 8) for row in both]
-    return sheet(rows, scale=max(1, 128 // images.shape[-1]))
+    pairs = torch.cat([images, model.decode(model.encode(images))], 2)
+    return sheet(to_images(pairs))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from bpe import BPE
 from data.files import open_dataset
 from data.listings import preprocess_prior
-from data.sheets import sheet
+from data.sheets import sheet, to_images
 from dvae import DVAE, DVAEConfig
 from engine.checkpoint import load_model
 from engine.cli import check_ranges, choose, start, trainer_parser
@@ -166,14 +166,8 @@ def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, bpe: BPE) -> Imag
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(text), grid**2, generator=generator).to(text.device)
     images = dvae.decode(model.generate(text, uniforms=uniforms).view(-1, grid, grid))
-    images = images.permute(0, 2, 3, 1).mul(255).round().to("cpu", torch.uint8).numpy()
     captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in text]
-    rows = range(0, len(images), 8)
-    return sheet(
-        [list(images[k : k + 8]) for k in rows],
-        [captions[k : k + 8] for k in rows],
-        scale=max(1, 128 // images.shape[1]),
-    )
+    return sheet(to_images(images), captions)
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -62,6 +64,16 @@ def cause(error: BaseException) -> str:
     while error and not getattr(error, "errno", None):
         error = error.__context__
     return os.strerror(error.errno) if error else last
+
+
+def write_picture(path: Path, image: Image.Image, text: str = "", **options) -> None:
+    """Write a picture in the format that its suffix names, with Pillow's options. A PNG keeps
+    `text` under the key `dalle`. OSError as in `write`."""
+    about = PngInfo()
+    if text:
+        about.add_text("dalle", text)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    write(path, lambda file: image.save(file, kind, pnginfo=about, **options))
 
 
 def save(path: Path, state: dict) -> None:

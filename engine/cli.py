@@ -167,3 +167,18 @@ def pick_device(name: str | None) -> torch.device:
     if not known or int((known[2] or ":0")[1:]) >= count:
         raise ValueError(f"--device {name} is not there: expected one of {', '.join(there)}")
     return torch.device(name)
+
+
+def check_output(path: Path, *suffixes: str) -> None:
+    """ValueError or OSError where a picture could not be written to `path` at the end of a long
+    run: no suffix of a format among these (.png .jpg .jpeg .webp), no folder, a name too long."""
+    suffixes = suffixes or (".png", ".jpg", ".jpeg", ".webp")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: expected the name of a picture, such as cube{suffixes[0]}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{path} is a folder or write-protected: choose another name")
+    probe = path.with_name(path.name + ".tmp")  # as it will be written
+    probe.touch()
+    probe.unlink()

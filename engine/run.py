@@ -423,7 +423,7 @@ class Run:
         path = self.dir / name
         if self.world.is_main:
             with going_on(path):
-                checkpoint.write(path, lambda file: image.save(file, "PNG"))
+                checkpoint.write_picture(path, image)
 
     # ---- the end
 

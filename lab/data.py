@@ -5,17 +5,15 @@ A look at a data set before it is trained on: counts, what cannot be used and wh
 """
 
 import random
-import textwrap
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from data.files import open_pictures
 from data.listings import preprocess_prior
-from data.sheets import check_output, contact_sheet
+from data.sheets import sheet
 from data.toy import ToyWorld
-from engine.cli import Parser, start
+from engine.checkpoint import write_picture
+from engine.cli import Parser, check_output, start
 
 LOOKED_AT = 400  # pictures
 SHOWN = 40
@@ -44,14 +42,14 @@ def main() -> None:
             faults.append(str(error))
             continue
         pixels = preprocess_prior(img, args.image_size, rng)
-        cells.append((Image.fromarray(pixels), textwrap.shorten(captions[0], 80)))
+        cells.append((pixels, captions[0]))
     rate = len(cells) / (time.perf_counter() - began)
     for fault in faults[:5]:
         print(fault)
     if not cells:
         raise ValueError(f"no usable picture among the first {len(faults)} of {args.spec}")
     print(f"{len(cells)} pictures read, {len(faults)} passed over, {rate:.0f} a second on one core")
-    contact_sheet(cells[:SHOWN], columns=8).save(args.out)
+    write_picture(args.out, sheet(*zip(*cells[:SHOWN])))
     print(f"{args.out}: the first {len(cells[:SHOWN])} of them")
 
 

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.loader import derive
-from data.sheets import check_output
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
-from engine.cli import Parser, Stop, start
+from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
 from engine.log import save, subplots
 from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity

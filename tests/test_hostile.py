@@ -298,7 +298,7 @@ def test_any_caption_can_be_drawn():
     captions = [tidy(text.decode("utf-8", "replace")) for text, _ in hostile_captions(random)]
     pixels = np.zeros((32, 32, 3), np.uint8)
     for k in range(0, len(captions), 8):
-        sheet([[pixels] * 8], [(captions[k : k + 8] + [""] * 8)[:8]], 4)
+        sheet([pixels] * 8, captions[k : k + 8])
 
 
 # ----------------------------------------------------------------------------- fuzzing

@@ -67,7 +67,7 @@ def test_the_prior_learns(tiny_run):
 def test_what_a_run_leaves(tiny_run):
     for name in ("bpe.json", "dvae.pt", "prior.pt", "log.jsonl", "dvae.png", "samples.png"):
         assert (tiny_run / name).stat().st_size > 0
-    assert Image.open(tiny_run / "dvae.png").size == (8 * 132, 4 * 132)
+    assert Image.open(tiny_run / "dvae.png").size == (8 * 136 - 8, 2 * 264 - 8)
     for stage in ("dvae", "prior"):
         assert all(
             math.isfinite(v) for e in log_of(tiny_run, stage) for k, v in e.items() if k != "stage"

@@ -260,13 +260,13 @@ def test_guidance(mini):
 
 def test_watching(mini, main, tmp_path, monkeypatch):
     """A frame for each row of each batch, all of one size; the last is the finished sheet."""
-    written, write = [], sample.write
+    written, write = [], sample.write_picture
 
-    def note(image, path, *args, **options):
+    def note(path, image, *args, **options):
         written.append((path.name, image.copy()))
-        write(image, path, *args, **options)
+        write(path, image, *args, **options)
 
-    monkeypatch.setattr(sample, "write", note)
+    monkeypatch.setattr(sample, "write_picture", note)
     options = ["--candidates", 3, "--batch-size", 6, "--watch", "--preview", "--gif", "a.gif"]
     code, _, _ = main(*PROMPTS, *options, "--run-dir", mini, "-o", "a.png")
     assert code == 0
