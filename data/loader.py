@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
+import regex
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -116,6 +117,11 @@ def held_out(samples: Samples, count: int) -> tuple[list[Tensor], list[str]]:
 def images_to(device: torch.device, pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] to float [B, 3, H, W] in [0, 1], channels last in memory."""
     return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a caption: its longest runs of letters, in lower case."""
+    return regex.findall(r"\p{L}[\p{L}\p{M}]*", text.lower())
 
 
 # ---- the processes that load ---------------------------------------------------------------------
