@@ -196,6 +196,7 @@ def subplots(count: int, width: float = 4) -> tuple:
     axes = [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.locator_params(axis="x", nbins=6)
     return figure, axes
 
 

@@ -1,5 +1,9 @@
 """
-What a run would cost, before it is started: `--plan GPUS` of the trainers.
+What a run would cost, before it is started. It takes the options of the trainer.
+
+    python -m lab.plan dvae --tiny
+    python -m lab.plan prior --preset paper --gpus 1024 --shard 8 --checkpoint-activations \\
+        --dtype bf16 --powersgd-rank 896        # with --bits-stored 16: the paper's 16 GB
 
 Nothing is guessed from a formula that could differ from the code: one micro-batch goes through the
 model forward and backward on the `meta` device, where tensors have shapes and no memory, while
@@ -16,11 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_dvae
+import train_prior
+from data.files import open_dataset
 from dvae import DVAE, DVAEConfig
+from engine.cli import Parser, check_batches, choose, start, trainer_parser
 from scale.parallel import checkpoint_activations
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
-GB = 1e9
+GB = 2**30  # as in the memory of GPUs
+STAGES = {
+    "dvae": (train_dvae.PRESETS, DVAEConfig, train_dvae.DVAETraining),
+    "prior": (train_prior.PRESETS, TransformerConfig, train_prior.PriorTraining),
+}
 
 
 @dataclass
@@ -104,27 +116,32 @@ def table(
     bits: int,
     gpu_memory: float,
     powersgd_rank: int | None = None,
+    moments: int = 32,
+    stored: int = 32,
     again: bool = False,
 ) -> str:
     """The plan in lines. `shards` GPUs share the parameters (1: each holds all of them), `tokens`
     are those of a sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB,
-    `again`: activations are computed again."""
+    `again`: activations are computed again. `moments`: the bits of Adam's moments and PowerSGD's
+    buffers; `stored`: 16 as in the paper, which keeps nearly all in 16 bits, gradients in the error
+    buffers (E.2) and the averaged parameters on the CPU (B.2)."""
     n = sum(p.numel() for p in model.parameters())
     blocks = getattr(model, "blocks", [model])
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    memory = {
-        "parameters": 4 * n / shards,
-        "gradients": 4 * n / shards,
-        "Adam's moments": 8 * n / shards,
-        "averaged parameters": 4 * n / shards,
-        "activations": cost.kept * bits / 32,
-    }
+    moments = min(moments, stored)
+    memory = {"parameters": stored / 8 * n / shards}
+    if stored == 32 or not powersgd_rank:
+        memory["gradients"] = stored / 8 * n / shards
+    memory["Adam's moments"] = 2 * moments / 8 * n / shards
+    if stored == 32:
+        memory["averaged parameters"] = 4 * n / shards
+    memory["activations"] = cost.kept * bits / 32
     if shards > 1:  # this resblock's and the next one's, and its gradients
-        memory["gathered resblocks"] = 3 * 4 * largest
-        if bits == 16 and not again:  # autocast's copies live until the backward pass
+        memory["gathered resblocks"] = 3 * stored / 8 * largest
+        if bits == 16 and stored == 32 and not again:  # autocast's copies, until the backward pass
             memory["16-bit weights"] = 2 * n
     if powersgd_rank:
-        memory["error buffers"] = 4 * n / shards
+        memory["error buffers"] = moments / 8 * n / shards
     total = sum(memory.values()) / GB
     accumulate = batch_size // (micro_batch * gpus)
     per_step = cost.flops * accumulate * gpus
@@ -150,3 +167,59 @@ def table(
     else:
         lines.append("this fits")
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser(description="What a run would cost.")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="{dvae,prior}")
+    for stage, (presets, *configs) in STAGES.items():
+        trainer = trainer_parser(stage, presets, *configs, shards=stage == "prior")
+        add = stages.add_parser(
+            stage, parents=[trainer], conflict_handler="resolve", help=f"of train_{stage}.py"
+        ).add_argument
+        add("--gpus", type=int, default=1, metavar="N")
+        add("--gpu-memory", type=float, default=80, metavar="GB", help="of each; default 80")
+        add("--bits-stored", type=int, choices=(32, 16), default=32,
+            help="16: as the paper did; not built here")  # fmt: skip
+    args = parser.parse_args()
+    presets, _, training = STAGES[args.stage]
+    preset = presets[args.preset or "small"]
+    dvae_preset = train_dvae.PRESETS[args.preset or "small"]
+    dvae = choose(DVAEConfig, dvae_preset, args)
+    size = choose(train_dvae.DVAETraining, dvae_preset, args).image_size
+    hp = choose(training, preset, args)
+    micro_batch = check_batches(hp.batch_size, args.micro_batch, args.gpus)
+    shards = 1 if args.shard is None else args.shard or min(8, args.gpus)
+    if shards < 1 or args.gpus % shards:
+        raise ValueError(f"--shard {shards} does not divide --gpus {args.gpus}")
+    if args.stage == "dvae":
+        model, cost = dvae_cost(dvae, size, micro_batch)
+        tokens, moments = (size // dvae.factor) ** 2, 32
+    else:
+        sizes = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
+        config = choose(TransformerConfig, preset | sizes, args)
+        model, cost = prior_cost(config, micro_batch, args.checkpoint_activations)
+        tokens, moments = config.text_len + config.grid**2, args.moments
+    print(
+        table(
+            model,
+            cost,
+            gpus=args.gpus,
+            shards=shards,
+            batch_size=hp.batch_size,
+            micro_batch=micro_batch,
+            steps=hp.steps,
+            tokens=tokens,
+            images=len(open_dataset(args.data or "toy", size, None, args.stage == "prior")[0]),
+            bits=32 if args.dtype == "fp32" else 16,
+            gpu_memory=args.gpu_memory,
+            powersgd_rank=args.powersgd_rank,
+            moments=moments,
+            stored=args.bits_stored,
+            again=args.checkpoint_activations,
+        )
+    )
+
+
+if __name__ == "__main__":
+    start(main)

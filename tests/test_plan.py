@@ -5,8 +5,6 @@ import sys
 import pytest
 import torch
 
-import train_dvae
-import train_prior
 from lab import plan
 from transformer import Transformer, TransformerConfig, pad_text
 
@@ -50,22 +48,43 @@ def test_what_is_kept_is_what_a_real_pass_keeps():
 
 
 @pytest.mark.parametrize(
-    "script, options, expected",
+    "options, expected",
     [
-        (train_dvae, ["--tiny", "--plan", "2"], ["216,374 parameters on 2", "this fits"]),
+        (["dvae", "--tiny", "--gpus", "2"], ["216,374 parameters on 2", "this fits"]),
         (
-            train_prior,
-            ["--tiny", "--plan", "4", "--shard", "--gpu-memory", "0.03"],
+            ["prior", "--tiny", "--gpus", "4", "--shard", "--gpu-memory", "0.03"],
             ["sharded among 4", "batch 32: 1 micro-batch(es) of 8", "does not fit"],
         ),
     ],
 )
 def test_plans_are_printed_and_nothing_else_happens(
-    script, options, expected, tmp_path, monkeypatch, capsys
+    options, expected, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script.__name__, *options])
-    script.main()
+    monkeypatch.setattr(sys, "argv", ["plan.py", *options])
+    plan.main()
     out = capsys.readouterr().out
     assert all(words in out for words in expected), out
     assert not list(tmp_path.iterdir())
+
+
+def test_the_paper_fits_its_cards(monkeypatch, capsys):
+    """By hand: 1/8 of 12,293,828,224 parameters, each 2 bytes, twice that for the moments, once
+    for the buffers, which hold the gradients too: 2.86 + 5.72 + 2.86 GB. Of the largest resblock,
+    an MLP of 8 · 3968² weights, two and the gradients of one: 3 · 2 · 126e6 bytes = 0.70 GB."""
+    options = "prior --preset paper --gpus 1024 --shard 8 --checkpoint-activations --dtype fp16"
+    options += " --powersgd-rank 896 --bits-stored 16 --gpu-memory 16"
+    monkeypatch.setattr(sys, "argv", ["plan.py", *options.split()])
+    plan.main()
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("memory of each GPU, in GB:") + 1
+    memory = {line[10:].strip(): float(line[:10]) for line in lines[start:-1]}
+    total, activations = memory.pop("in all, of 16"), memory.pop("activations")
+    assert memory == {
+        "parameters": 2.86,
+        "Adam's moments": 5.72,
+        "error buffers": 2.86,
+        "gathered resblocks": 0.70,
+    }
+    assert total == pytest.approx(2.86 + 5.72 + 2.86 + 0.70 + activations, abs=0.03)
+    assert lines[-1] == "this fits"
