@@ -4,29 +4,21 @@ CLIP, the contrastive model that reranks DALL·E's candidates (2.6).
 Two encoders, of pictures and of captions, meet in one space (Radford et al. 2021, "Learning
 Transferable Visual Models From Natural Language Supervision"): of all pairs in a batch, those that
 belong together are to have the largest cosine. The cosine of a candidate and its caption is the
-score by which candidates are ranked. "CLIP 2.4" below means section 2.4 of that paper.
+score by which candidates are ranked. "CLIP 2.4" below means section 2.4 of that paper. Start at
+`CLIP.loss`.
 
 What is not here: the training loop (train_clip.py); CLIP's ResNets; its GELU approximation
 x · sigmoid(1.702 x), for which the exact GELU stands; its start-of-text token, which a causal
 encoder that is read at its end does not need.
-
-    python clip.py                                    # the sizes of ViT-B/32
-    python clip.py a.png b.png --caption "a red cube" # cosines under --run-dir's clip.pt
 """
 
-import argparse
 import math
-import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
@@ -52,11 +44,9 @@ class CLIPConfig:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         for name, part in (("image_size", "patch"), ("d_image", "d_head"), ("d_text", "d_head")):
-            if getattr(self, name) % getattr(self, part):
-                raise ValueError(
-                    f"{name} must be a multiple of {part} = {getattr(self, part)}, "
-                    f"got {getattr(self, name)}"
-                )
+            whole, divisor = getattr(self, name), getattr(self, part)
+            if whole % divisor:
+                raise ValueError(f"{name} must be a multiple of {part} = {divisor}, got {whole}")
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -69,14 +59,12 @@ def pad_text(ids: Sequence[int] | Tensor, text_len: int, text_vocab: int) -> Ten
     >>> pad_text([5, 7], text_len=5, text_vocab=100).tolist()
     [5, 7, 100, 100, 100]
     """
-    text = torch.full((text_len,), text_vocab)
     ids = torch.as_tensor(ids)
     ids = ids if ids.numel() else ids.long()
     if ids.ndim != 1 or ids.dtype != torch.long or ((ids < 0) | (ids >= text_vocab)).any():
         raise ValueError(f"expected a list of ids from 0 to {text_vocab - 1}, got {ids.tolist()}")
     ids = ids[: text_len - 1]
-    text[: len(ids)] = ids
-    return text
+    return F.pad(ids, (0, text_len - len(ids)), value=text_vocab)
 
 
 class Resblock(nn.Module):
@@ -110,9 +98,8 @@ class ImageEncoder(nn.Module):
         self.class_token = nn.Parameter(torch.empty(d))
         self.position = nn.Parameter(torch.empty(1 + (config.image_size // config.patch) ** 2, d))
         self.norm_in = nn.LayerNorm(d)
-        self.blocks = nn.Sequential(
-            *(Resblock(d, config.d_head, causal=False) for _ in range(config.n_layer))
-        )
+        blocks = [Resblock(d, config.d_head, causal=False) for _ in range(config.n_layer)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.d_embed, bias=False)
 
@@ -137,9 +124,8 @@ class TextEncoder(nn.Module):
         d, self.end = config.d_text, config.text_vocab
         self.token = nn.Embedding(config.text_vocab + 1, d)  # the end of text comes last
         self.position = nn.Parameter(torch.empty(config.text_len, d))
-        self.blocks = nn.Sequential(
-            *(Resblock(d, config.d_head, causal=True) for _ in range(config.n_layer))
-        )
+        blocks = [Resblock(d, config.d_head, causal=True) for _ in range(config.n_layer)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.d_embed, bias=False)
 
@@ -153,14 +139,20 @@ def contrastive_loss(
     image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, scale: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The mean of two cross-entropies in nats: each picture chooses its caption among all of them,
-    each caption its picture; and the logits [B, M] of the first choice (CLIP, Fig. 3).
+    each caption its picture; and how many of the pictures choose right (CLIP, Fig. 3).
 
     image and text [B, d_embed] are the rows first .. first + B - 1 of all_image and all_text
     [M, d_embed], all of them normalised.
     """
     own = torch.arange(first, first + len(image), device=image.device)
-    to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T
-    return (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2, to_text
+    to_text, to_image = scale * image @ all_text.T, scale * text @ all_image.T  # [B, M]
+    loss = (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+    return loss, (to_text.argmax(dim=1) == own).float().mean()
+
+
+def normalised(x: Tensor) -> Tensor:
+    """To length 1, in 32 bits under autocast too."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 # ---- the whole -----------------------------------------------------------------------------------
@@ -180,22 +172,20 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initialisation of CLIP's released code."""
-        for encoder, d in (
-            (self.image_encoder, self.config.d_image),
-            (self.text_encoder, self.config.d_text),
-        ):
+        image, text, c = self.image_encoder, self.text_encoder, self.config
+        for encoder, d in ((image, c.d_image), (text, c.d_text)):
             for block in encoder.blocks:
                 nn.init.normal_(block.qkv.weight, std=d**-0.5)
                 nn.init.normal_(block.up.weight, std=(2 * d) ** -0.5)
                 for out in (block.out, block.down):
-                    nn.init.normal_(out.weight, std=(2 * d * self.config.n_layer) ** -0.5)
+                    nn.init.normal_(out.weight, std=(2 * d * c.n_layer) ** -0.5)
                 for linear in (block.qkv, block.up, block.out, block.down):
                     nn.init.zeros_(linear.bias)
             nn.init.normal_(encoder.head.weight, std=d**-0.5)
-        nn.init.normal_(self.image_encoder.class_token, std=self.config.d_image**-0.5)
-        nn.init.normal_(self.image_encoder.position, std=self.config.d_image**-0.5)
-        nn.init.normal_(self.text_encoder.token.weight, std=0.02)
-        nn.init.normal_(self.text_encoder.position, std=0.01)
+        nn.init.normal_(image.class_token, std=c.d_image**-0.5)
+        nn.init.normal_(image.position, std=c.d_image**-0.5)
+        nn.init.normal_(text.token.weight, std=0.02)
+        nn.init.normal_(text.position, std=0.01)
 
     def scale(self) -> Tensor:
         """What cosines are multiplied by to be logits: one over the temperature, a scalar."""
@@ -207,30 +197,22 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of the weights' dtype, resized where H, W are not
-        image_size, to [B, d_embed] of length 1. ValueError for anything else."""
-        shape, dtype = images.shape, self.image_encoder.patches.weight.dtype
+        image_size, to [B, d_embed] of length 1. ValueError for other shapes and dtypes."""
+        dtype, shape = self.image_encoder.patches.weight.dtype, list(images.shape)
         if images.ndim != 4 or shape[1] != 3 or images.dtype != dtype or not images.numel():
-            raise ValueError(
-                f"expected images, {dtype} [B, 3, H, W], none of them 0; "
-                f"got {images.dtype} {list(shape)}"
-            )
-        low, high = torch.aminmax(images)
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"expected images in [0, 1], got values from {low:g} to {high:g}")
+            expected = f"expected images, {dtype} [B, 3, H, W], none of them 0"
+            raise ValueError(f"{expected}; got {images.dtype} {shape}")
         return normalised(self.image_encoder(images))
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Text, long [B, text_len] as `pad` makes it, to [B, d_embed] of length 1."""
-        want, end = self.config.text_len, self.config.text_vocab
-        if text.dtype != torch.long or text.ndim != 2 or text.shape[1] != want or not len(text):
-            raise ValueError(
-                f"expected text, long [B, {want}]; got {text.dtype} {list(text.shape)}"
-            )
-        if not ((text >= 0) & (text <= end)).all() or not (text[:, -1] == end).all():
-            raise ValueError(f"expected ids below {end}, then {end} up to the last position")
+        """Text, long [B, text_len] as `pad` makes it, to [B, d_embed] of length 1. ValueError for
+        other shapes and dtypes."""
+        want, shape = self.config.text_len, list(text.shape)
+        if text.dtype != torch.long or text.ndim != 2 or shape[1] != want or not len(text):
+            raise ValueError(f"expected text, long [B, {want}]; got {text.dtype} {shape}")
         return normalised(self.text_encoder(text))
 
-    def loss(self, images: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images: Tensor, text: Tensor) -> tuple[Tensor, dict]:
         """Symmetric cross-entropy over the pairs of the batch, in nats (CLIP, Fig. 3).
 
         Under torch.distributed the batch is that of all processes, each computing the rows of its
@@ -245,99 +227,11 @@ class CLIP(nn.Module):
         with torch.no_grad():  # a clamp within the graph would end the gradient for good
             self.log_scale.clamp_(max=math.log(MAX_SCALE))
         image, caption = self.encode_image(images), self.encode_text(text)
-        all_image, all_caption, first = image, caption, 0
+        everyone, first = (image, caption), 0
         if dist.is_initialized():
-            all_image, all_caption = (torch.cat(all_gather(x)) for x in (image, caption))
+            everyone = [torch.cat(all_gather(x)) for x in everyone]
             first = dist.get_rank() * len(image)
         with torch.autocast(image.device.type, enabled=False):
-            loss, logits = contrastive_loss(
-                image, caption, all_image, all_caption, self.scale(), first
-            )
-        own = torch.arange(first, first + len(image), device=logits.device)
-        accuracy = (logits.argmax(dim=1) == own).float().mean()
+            loss, accuracy = contrastive_loss(image, caption, *everyone, self.scale(), first)
         metrics = {"loss": loss, "accuracy": accuracy, "scale": self.scale()}
         return loss, {name: value.detach() for name, value in metrics.items()}
-
-
-def normalised(x: Tensor) -> Tensor:
-    """To length 1, in 32 bits under autocast too."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-
-
-def load_clip(path: str | Path) -> CLIP:
-    """The model of a clip.pt, on the CPU. ValueError where the file is something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself checks no sums
-            if damaged := archive.testzip():
-                raise ValueError(f"its part {damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged or foreign file makes the reader raise
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read as a CLIP checkpoint ({reason})") from error
-    try:
-        with torch.device("meta"):
-            model = CLIP(CLIPConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"], assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is not a CLIP checkpoint of this project ({reason})") from error
-    return model.eval()
-
-
-# ---- python clip.py ------------------------------------------------------------------------------
-
-
-def print_sizes() -> None:
-    config = CLIPConfig()
-    with torch.device("meta"):
-        model = CLIP(config)
-    patches = config.image_size // config.patch
-    print(f"ViT-B/32: {config.n_layer} layers in each encoder, heads of {config.d_head}")
-    for name, encoder, d, positions in (
-        ("pictures", model.image_encoder, config.d_image, f"1 + {patches} × {patches} positions"),
-        ("captions", model.text_encoder, config.d_text, f"{config.text_len} positions"),
-    ):
-        n = sum(p.numel() for p in encoder.parameters())
-        print(f"{n:>13,} parameters for {name}, d = {d}, {positions}")
-    print(f"{sum(p.numel() for p in model.parameters()):>13,} in all, with the temperature")
-
-
-@torch.inference_mode()
-def print_cosines(run_dir: Path, pictures: list[str], captions: list[str]) -> None:
-    from bpe import BPE  # for this table alone: the model reads ids
-
-    model, bpe = load_clip(run_dir / "clip.pt"), BPE.load(run_dir / "bpe.json")
-    text = model.encode_text(torch.stack([model.pad(bpe.encode(c)) for c in captions]))
-    lines = ["".join(f"{k:>8}" for k in range(1, len(captions) + 1))]
-    for path in pictures:
-        with Image.open(path) as img:
-            pixels = torch.from_numpy(np.array(img.convert("RGB")))
-        cosines = model.encode_image(pixels.permute(2, 0, 1)[None] / 255) @ text.T
-        lines.append("".join(f"{x:8.3f}" for x in cosines[0].tolist()) + f"  {path}")
-    print("\n".join(lines + [f"{k:>8}  {caption}" for k, caption in enumerate(captions, 1)]))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="The sizes of ViT-B/32; or the cosines of pictures and captions."
-    )
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE")
-    parser.add_argument("--caption", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--run-dir", metavar="DIR", default="pretrained/tiny", type=Path)
-    args = parser.parse_args()
-    if bool(args.pictures) != bool(args.caption):
-        parser.error("expected pictures and at least one --caption, or neither")
-    try:
-        if args.pictures:
-            print_cosines(args.run_dir, args.pictures, args.caption)
-        else:
-            print_sizes()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        print(f"clip.py: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

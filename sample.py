@@ -34,12 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpe import BPE
-from clip import CLIP, load_clip
+from clip import CLIP, CLIPConfig
 from data.files import middle_square
 from data.loader import derive, images_to
 from data.sheets import sheet, terminal, to_images
-from dvae import DVAE, load_dvae
-from engine.checkpoint import load, write_picture
+from dvae import DVAE, DVAEConfig
+from engine.checkpoint import load, load_model, write_picture
 from engine.cli import Stop, check_output, newest_run, pick_device, start
 from transformer import Transformer, load_transformer, pad_text
 
@@ -68,7 +68,7 @@ def load_run(run_dir: Path, device: str, dtype: str = "fp32") -> tuple[BPE, DVAE
                 f"{run_dir} holds no {name}; train it with: python {script} --run-dir {run_dir}"
             )
     bpe = BPE.load(run_dir / "bpe.json")
-    dvae = load_dvae(run_dir / "dvae.pt").to(device)
+    dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)
     prior = load_transformer(run_dir / "prior.pt")
     for p in prior.blocks.parameters():
         if p.ndim == 2:
@@ -92,7 +92,7 @@ def load_reranker(run_dir: Path, device: str) -> CLIP | None:
     path = run_dir / "clip.pt"
     if not path.is_file():
         return None
-    clip, vocab = load_clip(path), BPE.load(run_dir / "bpe.json").vocab_size
+    clip, vocab = load_model(path, CLIP, CLIPConfig), BPE.load(run_dir / "bpe.json").vocab_size
     if clip.config.text_vocab != vocab:
         raise ValueError(
             f"the files in {run_dir} are not of one run: clip.pt has {clip.config.text_vocab} text "

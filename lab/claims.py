@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clip import load_clip
+from clip import CLIP, CLIPConfig
 from data.loader import images_to
 from data.toy import COLORS as HUES
 from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
+from engine.checkpoint import load_model
 from engine.cli import Parser, start
 from engine.log import COLORS, PALE, save, subplots
 from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
@@ -184,7 +185,8 @@ def rerank() -> Outcome:
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
     figure, (axis,) = subplots(1)
     prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
-    run, clip, judge = load_run(SHIPPED, "cpu"), load_clip(SHIPPED / "clip.pt"), train_judge()
+    run, judge = load_run(SHIPPED, "cpu"), train_judge()
+    clip = load_model(SHIPPED / "clip.pt", CLIP, CLIPConfig)
     shares = []
     for split in ("val", "unseen"):
         scores, good = judge_candidates(judge, run, clip, split, prompts, sizes[-1], 0)

@@ -1,9 +1,14 @@
 """Running the project's scripts from tests, and reading what they log."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
+
+from engine.cli import start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,6 +20,18 @@ def run(*command, code=0, **options):
     )
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout, done.stderr
+
+
+def call(module, *args):
+    """The same in this process, which has the imports behind it: (exit code, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with mock.patch("sys.argv", [module.__file__, *map(str, args)]):
+            try:
+                start(module.main)
+            except SystemExit as stopped:
+                code = stopped.code
+    return code, out.getvalue(), err.getvalue()
 
 
 def log_of(run_dir, *stages):

@@ -12,11 +12,11 @@ from dvae import (
     Decoder,
     DVAEConfig,
     Encoder,
-    load_dvae,
     logit_laplace_log_prob,
     map_pixels,
     unmap_pixels,
 )
+from engine.checkpoint import load_model
 
 TINY = DVAEConfig(n_hid=8, n_init=6, n_groups=3, blocks_per_group=1, vocab_size=16)
 
@@ -123,7 +123,7 @@ def test_loss_is_the_bound(n_groups, size_rule):
 
 
 def test_gradient_of_the_loss_by_finite_differences():
-    model = tiny().double()
+    model = tiny().double().to(memory_format=torch.contiguous_format)  # for view(-1)
     for name, p in model.named_parameters():
         if name.endswith(".b"):  # all 0 they would leave some ReLU right on its kink
             torch.nn.init.normal_(p, std=0.1)
@@ -208,29 +208,15 @@ def test_bad_input_is_refused():
         (good[:0], "none of them 0"),
         (good[..., :0], "none of them 0"),
         (good[..., :7], "multiples of 4"),
-        (good * 2 - 1, r"\[0, 1\]"),
-        (good * torch.nan, r"\[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=match):
             model.encode(bad)
         with pytest.raises(ValueError, match=match):
             model.loss(bad, 1.0, 1.0)
-        if match != r"\[0, 1\]":  # the values are for the whole to check
-            with pytest.raises(ValueError, match=match):
-                model.encoder(bad)
-    for tau in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="tau"):
-            model.loss(good, tau, 1.0)
-        with pytest.raises(ValueError, match="tau"):
-            model.elb(good, tau)
-    for kl_weight in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="kl_weight"):
-            model.loss(good, 1.0, kl_weight)
+        with pytest.raises(ValueError, match=match):
+            model.encoder(bad)
     none = torch.zeros(0, 2, 2).long()
-    for tokens in (
-        *(torch.tensor([[[16]]]), torch.tensor([[[-1]]]), torch.zeros(1, 2, 2)),
-        *(none, none.transpose(0, 1)),
-    ):
+    for tokens in (torch.zeros(1, 2, 2), none, none.transpose(0, 1)):
         with pytest.raises(ValueError, match="expected tokens"):
             model.decode(tokens)
     codes = torch.rand(1, 16, 2, 2)
@@ -244,13 +230,13 @@ def test_bad_input_is_refused():
 def test_load(tmp_path):
     model, path = tiny(), tmp_path / "dvae.pt"
     torch.save({"config": vars(TINY), "model": model.state_dict()}, path)
-    loaded = load_dvae(path)
+    loaded = load_model(path, DVAE, DVAEConfig)
     assert loaded.config == TINY
     images = torch.rand(1, 3, 8, 8)
     assert (loaded.encode(images) == model.encode(images)).all()
     torch.save({"config": vars(TINY) | {"n_hid": 16}, "model": model.state_dict()}, path)
-    with pytest.raises(ValueError, match="not a dVAE checkpoint"):
-        load_dvae(path)
+    with pytest.raises(ValueError, match="not a DVAE checkpoint"):
+        load_model(path, DVAE, DVAEConfig)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
-        load_dvae(path)
+        load_model(path, DVAE, DVAEConfig)

@@ -16,7 +16,8 @@ import train_dvae
 import train_prior
 from bpe import BPE
 from data.toy import toy_world
-from dvae import load_dvae
+from dvae import DVAE, DVAEConfig
+from engine.checkpoint import load_model
 from engine.cli import start
 from transformer import pad_text
 
@@ -48,7 +49,8 @@ def test_the_dvae_learns(tiny_run):
 
 def test_the_prior_learns(tiny_run):
     """Image tokens below their entropy drawn one by one, text below that of each position."""
-    dvae, bpe = load_dvae(tiny_run / "dvae.pt"), BPE.load(tiny_run / "bpe.json")
+    dvae = load_model(tiny_run / "dvae.pt", DVAE, DVAEConfig)
+    bpe = BPE.load(tiny_run / "bpe.json")
     pictures, captions = zip(*(toy_world(k, 32, "train") for k in range(512)))
     images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():

@@ -7,18 +7,20 @@ DALLE_ENCODER and DALLE_DECODER point at the real files, those are read too.
 import math
 import os
 import pickle
-import subprocess
 import sys
 import types
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripts import call, run
 from torch import nn
 
-from dvae import load_openai, map_pixels
+from dvae import DVAE, DVAEConfig, map_pixels
+from engine import openai
+from engine.checkpoint import load, load_model
+from engine.openai import load_openai
 
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 
@@ -191,30 +193,47 @@ def test_other_files_are_refused(release):
         load_openai(folder / "none.pkl", folder / "decoder.pkl")
 
 
-def test_a_photo_beside_its_reconstruction(release, tmp_path):
-    from PIL import Image
-
-    folder, *_ = release
-    Image.new("L", (45, 39), 90).save(tmp_path / "photo.png")
-    script = Path(__file__).resolve().parent.parent / "dvae.py"
-    files = [folder / "encoder.pkl", folder / "decoder.pkl"]
-    out = tmp_path / "both.png"
-    subprocess.run(
-        [sys.executable, script, tmp_path / "photo.png", "--openai", *files, "-o", out], check=True
-    )
-    assert Image.open(out).size == (80, 32)
+def test_a_checkpoint_of_them(release, tmp_path):
+    """It holds the released model, what later stages ask of a dvae.pt, and keeps an earlier run's;
+    a file that is refused leaves all as it was."""
+    folder, encoder, _ = release
+    run_dir, decoder = tmp_path / "run", folder / "decoder.pkl"
+    run("-m", "engine.openai", folder / "encoder.pkl", decoder, "--run-dir", run_dir,
+        "--image-size", 64)  # fmt: skip
+    model = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig)
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], value), name
+    about = load(run_dir / "dvae.pt")
+    assert about["image_size"] == 64 and {"preset", "data", "step"} < about.keys()
+    (run_dir / "prior.pt").write_text("another dVAE's")
+    target, first = tmp_path / "ran", (run_dir / "dvae.pt").read_bytes()
+    torch.save({"a": Malicious(target)}, folder / "evil.pkl")
+    torch.save(torch.zeros(3), folder / "tensor.pkl")
+    for name, size, complaint in (
+        ("evil.pkl", 64, "evil.pkl is not one of"),
+        ("tensor.pkl", 64, "tensor.pkl is not one of"),
+        ("decoder.pkl", 64, "released layout"),
+        ("nowhere.pkl", 64, "nowhere.pkl"),
+        ("encoder.pkl", 60, "not a multiple of 8"),
+    ):
+        args = [folder / name, decoder, "--run-dir", run_dir, "--image-size", size]
+        code, _, said = call(openai, *args)
+        assert code == 2 and complaint in said and said.count("\n") == 1
+    assert not target.exists() and (run_dir / "dvae.pt").read_bytes() == first
+    code, said, _ = call(openai, folder / "encoder.pkl", decoder, "--run-dir", run_dir)
+    assert code == 0 and "dvae.pt.old, prior.pt.old" in said
+    assert not (run_dir / "prior.pt").exists()
+    assert load(run_dir / "dvae.pt")["image_size"] == 256
+    assert (run_dir / "dvae.pt.old").read_bytes() == first
 
 
 def test_the_prior_trains_on_it(release, tmp_path):
     folder, *_ = release
-    root = Path(__file__).resolve().parent.parent
-    files = [folder / "encoder.pkl", folder / "decoder.pkl"]
-    command = [sys.executable, root / "train_prior.py", "--tiny", "--openai-dvae", *files]
-    options = ["--run-dir", tmp_path, "--grid", "4", "--steps", "2", "--batch-size", "4"]
-    subprocess.run([*command, *options], check=True)
+    files = folder / "encoder.pkl", folder / "decoder.pkl"
+    call(openai, *files, "--run-dir", tmp_path, "--image-size", 32)
+    run("train_prior.py", "--tiny", "--run-dir", tmp_path, "--steps", 2, "--batch-size", 4)
     picture = tmp_path / "picture.png"
-    command = [sys.executable, root / "sample.py", "a red cube", "--run-dir", tmp_path]
-    subprocess.run([*command, "-o", picture], check=True)
+    run("sample.py", "a red cube", "--run-dir", tmp_path, "-o", picture)
     assert picture.exists()
 
 

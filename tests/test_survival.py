@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +30,10 @@ import train_clip
 import train_dvae
 import train_prior
 from bpe import BPE
-from clip import CLIP, CLIPConfig, load_clip
+from clip import CLIP, CLIPConfig
 from data.loader import stop_loading
-from dvae import DVAE, DVAEConfig, load_dvae
-from engine import checkpoint
+from dvae import DVAE, DVAEConfig
+from engine import checkpoint, openai
 from engine.cli import start
 from engine.log import Log
 from engine.run import out_of_memory
@@ -377,7 +378,7 @@ def test_files_that_mean_harm(kind, run_dir, call, tmp_path):
         (None, train_dvae, ["--tiny", "--init-from", evil]),
         (None, train_prior, ["--init-from", evil, *there]),
         (None, train_clip, ["--init-from", evil, *there]),
-        (None, train_prior, ["--openai-dvae", evil, evil]),
+        (None, openai, [evil, evil]),
     ):
         if name:
             shutil.copy(run_dir / name, tmp_path / "good") if (run_dir / name).exists() else None
@@ -420,12 +421,14 @@ def small_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     models = {
         "dvae.pt": (DVAE(DVAEConfig(n_hid=4, n_init=4, n_groups=2, blocks_per_group=1,
-                                    vocab_size=8)), load_dvae),
+                                    vocab_size=8)),
+                    partial(checkpoint.load_model, Model=DVAE, Config=DVAEConfig)),
         "prior.pt": (Transformer(TransformerConfig(n_layer=2, n_head=1, d_head=8, text_vocab=9,
                                                    text_len=4, image_vocab=8, grid=3)),
                      load_transformer),
         "clip.pt": (CLIP(CLIPConfig(image_size=8, patch=4, d_image=8, d_text=8, n_layer=1, d_head=4,
-                                    d_embed=8, text_vocab=9, text_len=4)), load_clip),
+                                    d_embed=8, text_vocab=9, text_len=4)),
+                    partial(checkpoint.load_model, Model=CLIP, Config=CLIPConfig)),
     }  # fmt: skip
     for name, (model, _) in models.items():
         checkpoint.save(

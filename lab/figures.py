@@ -1,0 +1,100 @@
+"""
+Tables and figures of what the components are made of, to look at beside the paper.
+
+    python -m lab.figures layers          # the paper's dVAE, layer by layer (A.1)
+    python -m lab.figures logit-laplace   # the density of Eq. 2
+    python -m lab.figures photo PHOTO     # a picture beside what its tokens decode to
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data.files import read_image
+from data.loader import images_to
+from dvae import DVAE, EPS, Decoder, DVAEConfig, Encoder, logit_laplace_log_prob
+from engine.checkpoint import load_model, write_picture
+from engine.cli import Parser, check_output, start
+from engine.log import save, subplots
+
+
+def print_layers(half: nn.Module, x: Tensor) -> None:
+    """The name, output shape and number of parameters of each layer of `half` on x."""
+    print(f"{type(half).__name__:<28}{'output':<22}{'parameters':>12}")
+    total = 0
+    for name, group in half.blocks.named_children():
+        layers = group.named_children() if name.startswith("group") else [("", group)]
+        for part, layer in layers:
+            x = layer(x)
+            count = sum(p.numel() for p in layer.parameters())
+            total += count
+            label = f"{name}.{part}".rstrip(".")
+            print(f"{label:<28}{' × '.join(map(str, x.shape[1:])):<22}{count:>12,}")
+    print(f"{'':<50}{total:>12,}\n")
+
+
+def draw_logit_laplace(path: Path) -> None:
+    """The density of Eq. 2 for a few mu and b; dotted, where phi of Eq. 3 puts black and white."""
+    figure, (axis,) = subplots(1, width=8)
+    x = torch.linspace(1e-3, 1 - 1e-3, 1000)
+    for mu, b in ((0.0, 1.0), (0.0, 0.5), (-1.2, 0.6), (1.2, 2.0)):
+        density = logit_laplace_log_prob(x, torch.tensor(mu), torch.tensor(math.log(b))).exp()
+        axis.plot(x, density, label=f"$\\mu$ = {mu:g}, $b$ = {b:g}")
+    for edge in (EPS, 1 - EPS):
+        axis.axvline(edge, color="grey", linestyle=":")
+    axis.set(xlabel="$x$", ylabel=r"$f(x \mid \mu, b)$", xlim=(0, 1), ylim=(0, 5))
+    axis.set_title("logit-Laplace (Eq. 2); dotted: black and white (Eq. 3)")
+    axis.legend()
+    save(figure, path)
+
+
+@torch.inference_mode()
+def draw_beside_reconstruction(photo: Path, model: DVAE, path: Path) -> None:
+    """A picture, cut to whole grid cells, beside what its tokens decode to."""
+    img, f = read_image(photo.read_bytes()), model.config.factor
+    width, height = img.width // f * f, img.height // f * f
+    if not width or not height:
+        raise ValueError(f"{photo}: {img.width} × {img.height} pixels; expected at least {f} × {f}")
+    data = bytearray(img.crop((0, 0, width, height)).tobytes())
+    pixels = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
+    images = images_to(torch.device("cpu"), pixels)
+    tokens = model.encode(images)
+    decoded = model.decode(tokens)
+    psnr = -10 * torch.log10((decoded - images).square().mean()).item()
+    both = torch.cat([images, decoded], dim=3)[0].permute(1, 2, 0).mul(255).round()
+    write_picture(path, Image.fromarray(both.to(torch.uint8).numpy()))
+    h, w = tokens.shape[1:]
+    print(f"{width} × {height} pixels beside {h} × {w} tokens decoded, {psnr:.1f} dB")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.strip().split("\n")[0])
+    figures = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
+    figures.add_parser("layers", help="table of the paper's dVAE (A.1)")
+    curve = figures.add_parser("logit-laplace", help="the density of Eq. 2")
+    curve.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("logit_laplace.png"))
+    photo = figures.add_parser("photo", help="a picture beside its reconstruction")
+    photo.add_argument("photo", metavar="PHOTO", type=Path)
+    photo.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("pretrained/tiny"))
+    photo.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("reconstruction.png"))
+    args = parser.parse_args()
+    if args.figure == "layers":
+        config = DVAEConfig()
+        with torch.device("meta"):
+            print_layers(Encoder(config), torch.empty(1, 3, 256, 256))
+            print_layers(Decoder(config), torch.empty(1, config.vocab_size, 32, 32))
+        return
+    check_output(args.out, ".png")
+    if args.figure == "logit-laplace":
+        draw_logit_laplace(args.out)
+    if args.figure == "photo":
+        model = load_model(args.run_dir / "dvae.pt", DVAE, DVAEConfig)
+        draw_beside_reconstruction(args.photo, model, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    start(main)
