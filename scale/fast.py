@@ -1,0 +1,239 @@
+"""
+What is quicker than the readable form: the same parameters, the same draws.
+
+`generate` draws what `Transformer.generate` draws. That one keeps keys and values of the whole
+stream for every row and masks what a position may not see; here
+
+- the text of a prompt is read and kept once for all of its candidates;
+- a layer keeps as many image positions as its mask reaches back, in a ring, and reads of them
+  those that the mask allows;
+- on a CPU, the few rows of a step read the weights at memory speed;
+- on CUDA, a step is one captured graph, and Python is not waited for.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transformer import Attention, Transformer, attention_mask, check_draw, pad_text, sample
+
+
+# ---- training: attention in blocks ---------------------------------------------------------------
+
+BLOCK = 128  # positions: with fewer the text's keys are read too often, with more too many in vain
+
+
+def use_blocks(model: Transformer) -> None:
+    """Let the attention of a model, which may be on `meta`, leave out blocks that its mask hides."""
+    if model.config.grid**2 > BLOCK:
+        for block in model.blocks[0::2]:
+            block.__class__ = BlockAttention
+
+
+class BlockAttention(Attention):
+    """The resblock whose image positions, BLOCK at a time, read the text and the blocks of image
+    positions from the first that one of them sees to their own."""
+
+    def forward(self, x: Tensor, cache: list | None = None) -> Tensor:
+        if cache is not None:
+            return super().forward(x, cache)
+        (B, S, d), c = x.shape, self.config
+        x = self.in_order(x)
+        qkv = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
+        text, image = qkv.split([c.text_len, c.grid**2], dim=3)
+        blocks = [text, *image.split(BLOCK, dim=3)]  # each [3, B, H, positions, D]
+        y = [F.scaled_dot_product_attention(*text, is_causal=True)]
+        masks = block_masks(self.kind, c.text_len, c.grid, c.kernel, x.device)
+        for i, (first, mask) in enumerate(masks, start=1):
+            _, k, v = torch.cat([text, *blocks[first : i + 1]], dim=3)
+            y.append(F.scaled_dot_product_attention(blocks[i][0], k, v, attn_mask=mask))
+        y = torch.cat(y, dim=2).transpose(1, 2).reshape(B, S, d)
+        return self.in_order(self.out(y))
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Column attention reads the transposed grid, where columns are blocks (Fig. 11c)."""
+        if self.kind != "column":
+            return x
+        G = self.config.grid
+        text, image = x.split([self.config.text_len, G * G], dim=1)
+        image = image.unflatten(1, (G, G)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([text, image], dim=1)
+
+
+@lru_cache
+@torch.inference_mode(False)
+def block_masks(
+    kind: str, text_len: int, grid: int, kernel: int, device: torch.device
+) -> list[tuple[int, Tensor]]:
+    """For each block of image positions, from 1 on: the first block that it reads, and which of its
+    positions may attend to which key of the text and these blocks, bool [positions, keys]."""
+    mask, T = attention_mask(kind, text_len, grid, kernel), text_len
+    if kind == "column":
+        order = torch.arange(grid * grid).view(grid, grid).T.flatten()
+        order = torch.cat([torch.arange(T), T + order])
+        mask = mask[order][:, order]
+    found = []
+    for rows in mask[T:].split(BLOCK):
+        text, *image = rows.split(
+            [T, *[BLOCK] * (grid * grid // BLOCK), grid * grid % BLOCK], dim=1
+        )
+        seen = [i for i, block in enumerate(image) if block.any()]
+        found.append(
+            (1 + seen[0], torch.cat([text, *image[seen[0] : seen[-1] + 1]], dim=1).to(device))
+        )
+    return found
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """What a layer keeps of the stream while images are drawn, of C candidates for P prompts."""
+
+    text: Tensor  # [2, P, H, T, D]: keys and values of the text, shared by the candidates
+    ring: Tensor  # [2, P · H · C, size, D]: of the last image positions; k is in slot k % size
+    slots: Tensor | None  # [N, R]: where in the ring position k reads; None: everywhere
+    bias: Tensor  # [N, R]: −inf where there is no position yet
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    text: Tensor,
+    prefix: Tensor | None = None,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float | None = None,
+    progress: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """As `Transformer.generate`, where the arguments are explained: long [B, N].
+
+    Equal rows of text and prefix side by side, as repeat_interleave makes them, are candidates of
+    one prompt.
+    """
+    c = model.config
+    B, T, N = len(text), c.text_len, c.grid**2
+    prefix = text.new_empty(B, 0) if prefix is None else prefix
+    uniforms = torch.rand(B, N, device=text.device) if uniforms is None else uniforms
+    check_draw(c, text, prefix, uniforms, temperature, top_k, top_p, guidance)
+    n = prefix.shape[1]
+    tokens, streams = F.pad(prefix, (0, N - n)), 1
+    if guidance is not None:
+        empty = pad_text([], T, c.text_vocab).to(text.device).expand(B, T)
+        text, prefix, streams = torch.cat([text, empty]), prefix.repeat(2, 1), 2
+    caches = read_prompts(model, text, prefix) if n < N else []
+    positions = (model.image_row.weight[:, None] + model.image_column.weight).flatten(0, 1)
+    before = tokens[:, n - 1].clone() if n else tokens.new_full((B,), c.image_vocab)
+    k = tokens.new_tensor([n])
+
+    def step() -> None:
+        """Draw token k and count k up: all on the device and in place, without waiting."""
+        x = model.image_token(before.repeat(streams)) + positions.index_select(0, k)
+        for attention, mlp, cache in zip(model.blocks[0::2], model.blocks[1::2], caches):
+            x = x + attend(attention, x, k, cache)
+            x = x + mlp(x)
+        logits = model.logits(model.image_head, x)
+        if guidance is not None:
+            captioned, plain = logits.chunk(2)
+            logits = plain + guidance * (captioned - plain)
+        before.copy_(sample(logits, uniforms.index_select(1, k), temperature, top_k, top_p))
+        tokens.index_copy_(1, k, before[:, None])
+        k.add_(1)
+
+    with packed_linears(model, streams * B):
+        for drawn in range(n + 1, N + 1):
+            if drawn == n + 2:
+                step = captured(step, k.device)
+            step()
+            if progress is not None:
+                progress(drawn, tokens)
+    return tokens
+
+
+def read_prompts(model: Transformer, text: Tensor, prefix: Tensor) -> list[Cache]:
+    """Run text and prefix once and keep, for each layer, what `attend` reads."""
+    n, c = prefix.shape[1], model.config
+    T, G, N = c.text_len, c.grid, c.grid**2
+    prompts, which = torch.unique(torch.cat([text, prefix], 1), dim=0, return_inverse=True)
+    # The rows are groups of C candidates: as many as divide every run of the same prompt.
+    C = math.gcd(*which.unique_consecutive(return_counts=True)[1].tolist())
+    which = which[::C]
+
+    x = model.embed(prompts[:, :T], F.pad(prompts[:, T:], (0, 1)))
+    cell = torch.arange(N, device=x.device)
+    caches = []
+    for attention, mlp in zip(model.blocks[0::2], model.blocks[1::2]):
+        x = x + attention(x, keep := [])
+        x = x + mlp(x)
+        kv = torch.stack(keep[0])[:, which]  # [2, P, H, T + n + 1, D]
+        # The last cell's row of the mask has all distances that a position sees.
+        back = attention_mask(attention.kind, 0, G, c.kernel, x.device)[-1].flip(0).nonzero()[:, 0]
+        size = int(back[-1]) + 1
+        past = cell[max(0, n - size) : n]
+        ring = kv.new_zeros(*kv.shape[:3], C, size, c.d_head)
+        ring[..., past % size, :] = kv[..., None, T + past, :]
+        reached = cell[:, None] - back
+        slots, order = (reached % size).sort(dim=1)
+        bias = kv.new_zeros(reached.shape).masked_fill(reached.gather(1, order) < 0, -math.inf)
+        everywhere = len(back) == size
+        of_text = kv[..., :T, :].contiguous()
+        caches.append(Cache(of_text, ring.flatten(1, 3), None if everywhere else slots, bias))
+    return caches
+
+
+def attend(block: Attention, x: Tensor, k: Tensor, cache: Cache) -> Tensor:
+    """The attention resblock for image position k [1] alone: x [B, d] -> what is added to x."""
+    _, P, H, T, D = cache.text.shape
+    q, new = block.qkv(block.norm(x)).view(P, -1, 3, H * D).split([1, 2], dim=2)
+    q = q.view(P, -1, H, D).transpose(1, 2) * D**-0.5  # [P, H, C, D]
+    new = new.view(P, -1, 2, H, D).permute(2, 0, 3, 1, 4).flatten(1, 3)  # [2, P · H · C, D]
+    cache.ring.index_copy_(2, k % cache.ring.shape[2], new.unsqueeze(2))
+    keys, values = cache.ring
+    if cache.slots is not None:
+        slots = cache.slots.index_select(0, k)[0]
+        keys, values = keys.index_select(1, slots), values.index_select(1, slots)
+    near = (q.reshape(-1, 1, D) @ keys.transpose(1, 2)).view(*q.shape[:3], -1)
+    near = near + cache.bias.index_select(0, k)
+    weights = torch.cat([q @ cache.text[0].transpose(2, 3), near], dim=-1).softmax(dim=-1)
+    to_text, near = weights.split([T, near.shape[-1]], dim=-1)
+    y = to_text @ cache.text[1] + (near.reshape(len(keys), 1, -1) @ values).view(q.shape)
+    return block.out(y.transpose(1, 2).reshape(x.shape))
+
+
+@contextmanager
+def packed_linears(model: Transformer, rows: int) -> Iterator[None]:
+    """Within it, large matrices on a CPU lie as oneDNN likes them for products with so many rows."""
+    fits = rows > 1 and torch.backends.mkldnn.is_available()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and fits]
+    linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
+    linears = [m for m in linears if m.weight.numel() >= 2**18]  # smaller ones lose
+    try:
+        for linear in linears:
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
+            linear.forward = partial(packed_product, packed, linear.bias)
+        yield
+    finally:
+        for linear in linears:
+            linear.__dict__.pop("forward", None)
+
+
+def packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """On CUDA, a step that has run before and keeps its buffers, as one graph: without Python."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
