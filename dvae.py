@@ -182,6 +182,11 @@ class Decoder(nn.Module):
 # ----------------------------------------------------------------------------- the whole (2.1)
 
 
+def gumbel_noise(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of logits: −ln(−ln u), u uniform (2.1)."""
+    return -torch.log(-torch.log(torch.rand_like(logits)))
+
+
 class DVAE(nn.Module):
     """Encoder, decoder and the bound between them.
 
@@ -196,9 +201,10 @@ class DVAE(nn.Module):
         self.decoder = Decoder(config)
         self.to(memory_format=torch.channels_last)  # faster convolutions
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens: the argmax of the logits, without noise (2.2)."""
-        return self.encoder(map_pixels(images)).argmax(1)
+    def encode(self, images: Tensor, sample: bool = False) -> Tensor:
+        """Tokens: the argmax of the logits, without noise (2.2), or a sample of q (footnote 6)."""
+        logits = self.encoder(map_pixels(images))
+        return (logits + gumbel_noise(logits) if sample else logits).argmax(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of tokens: phi^-1(sigmoid(mu)), ln b ignored (A.3)."""
@@ -223,11 +229,11 @@ class DVAE(nn.Module):
         """
         x = map_pixels(images)
         logits = self.encoder(x)  # [B, K, h, w]
-        gumbel = -torch.log(-torch.log(torch.rand_like(logits)))
-        if tau is None:  # the largest of logits + gumbel is distributed as q
-            z = self.one_hot((logits + gumbel).argmax(1))
+        noisy = logits + gumbel_noise(logits)
+        if tau is None:  # the largest of them is distributed as q
+            z = self.one_hot(noisy.argmax(1))
         else:  # relaxed in forward and backward alike
-            z = F.softmax((logits + gumbel) / tau, dim=1)
+            z = F.softmax(noisy / tau, dim=1)
         mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
         recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
         ln_q = F.log_softmax(logits, dim=1)  # not divided by tau

@@ -41,7 +41,8 @@ from data.sheets import sheet, terminal, to_images
 from dvae import DVAE, DVAEConfig
 from engine.checkpoint import load, load_model, write_picture
 from engine.cli import Stop, check_output, newest_run, pick_device, start
-from transformer import Transformer, load_transformer, pad_text
+from scale import fast
+from transformer import Transformer, TransformerConfig, pad_text
 
 FILES = ("bpe.json", "dvae.pt", "prior.pt")
 SHIPPED = Path(__file__).resolve().parent / "pretrained/tiny"
@@ -69,7 +70,7 @@ def load_run(run_dir: Path, device: str, dtype: str = "fp32") -> tuple[BPE, DVAE
             )
     bpe = BPE.load(run_dir / "bpe.json")
     dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)
-    prior = load_transformer(run_dir / "prior.pt")
+    prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig)
     for p in prior.blocks.parameters():
         if p.ndim == 2:
             p.data = p.data.to(DTYPES[dtype])
@@ -256,7 +257,8 @@ class Drawing:
 
                 try:
                     with torch.autocast(here.device.type, DTYPES[self.dtype], enabled=is_16_bit):
-                        self.prior.generate(
+                        fast.generate(
+                            self.prior,
                             self.texts[prompts.start : prompts.stop].repeat_interleave(C, 0),
                             self.prefix.expand(P * C, -1),
                             draws(self.seed, candidates, grid**2).to(here.device).repeat(P, 1),

@@ -11,6 +11,7 @@ prior_state.pt, all that --resume needs; log.jsonl; samples.png, drawn from held
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +25,13 @@ from torch import Tensor
 from bpe import BPE
 from data.files import open_dataset
 from data.listings import preprocess_prior
+from data.loader import words_of
 from data.sheets import sheet, to_images
 from dvae import DVAE, DVAEConfig
 from engine.checkpoint import load_model
 from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
+from scale import fast
 from scale.adamw import AdamW
 from transformer import Transformer, TransformerConfig, pad_text
 
@@ -123,6 +126,12 @@ def captions_of(dataset, count: int) -> Iterator[str]:
         yield from dataset.captions_of(index)
 
 
+def frequent_words(captions: Iterator[str], most: int = 100_000) -> list[str]:
+    """The words of the captions, the most frequent first: what sample.py compares a prompt with."""
+    counts = Counter(word for caption in captions for word in words_of(caption))
+    return [word for word, _ in counts.most_common(most)]
+
+
 def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iterator[str]) -> BPE:
     """The BPE of the weights to fine-tune, or of the run, or one trained on the captions."""
     paths = [run.dir / "bpe.json"]
@@ -165,7 +174,7 @@ def draw_samples(model: Transformer, dvae: DVAE, text: Tensor, bpe: BPE) -> Imag
     grid = model.config.grid
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(text), grid**2, generator=generator).to(text.device)
-    images = dvae.decode(model.generate(text, uniforms=uniforms).view(-1, grid, grid))
+    images = dvae.decode(fast.generate(model, text, uniforms=uniforms).view(-1, grid, grid))
     captions = [bpe.decode(ids[ids < bpe.vocab_size].tolist()) for ids in text]
     return sheet(to_images(images), captions)
 
@@ -174,6 +183,8 @@ def main() -> None:
     parser = trainer_parser(
         "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
+    parser.add_argument("--tokens", choices=("argmax", "sample"), default="argmax",
+                        help="of the pictures; samples regularise on small data (footnote 6)")  # fmt: skip
     args = parser.parse_args()
     with Run("prior", args) as run:
         # ---- stage one, fixed from here on; its tokens and the BPE's pieces are what is modelled
@@ -206,6 +217,9 @@ def main() -> None:
         adamw = AdamW(model.parameters(), hp.lr, betas, hp.eps, hp.weight_decay, args.moments)
         halving = Halving()
         about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}
+        about["words"] = run.world.share(
+            lambda: frequent_words(captions_of(train, hp.bpe_captions))
+        )
         run.track(model, adamw, ema, about, halving=halving)
         chunks = val_images.split(run.micro_batch)
         with torch.no_grad():
@@ -217,7 +231,8 @@ def main() -> None:
             lr = hp.lr * min(1, (step + 1) / max(1, hp.warmup_steps)) / 2**halving.halvings
 
             for images, text in run.passes(batches):
-                tokens = dvae.encode(images).flatten(1)  # argmax, no noise (2.2)
+                # argmax, no noise (2.2), or, with --tokens sample, drawn from q (footnote 6)
+                tokens = dvae.encode(images, args.tokens == "sample").flatten(1)
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
             loss = run.update(adamw, lr, clip=hp.clip)  # to a norm of 4
             halving.see(loss, step + 1, hp)

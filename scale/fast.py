@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from transformer import Attention, Transformer, attention_mask, check_draw, pad_text, sample
 
-
 # ---- training: attention in blocks ---------------------------------------------------------------
 
 BLOCK = 128  # positions: with fewer the text's keys are read too often, with more too many in vain

@@ -39,7 +39,7 @@ from engine.log import Log
 from engine.run import out_of_memory
 from lab import judge
 from scale.parallel import World
-from transformer import Transformer, TransformerConfig, load_transformer
+from transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "pretrained/tiny"
@@ -243,7 +243,9 @@ def test_the_disk_is_full_for_checkpoints(run_dir):
     (line,) = run.complaints()
     assert "prior.pt cannot be written (File too large); what was saved before is kept" in line
     assert checkpoint.load(run_dir / "prior_state.pt")["step"] == before["step"] == 10
-    assert load_transformer(run_dir / "prior.pt") and not list(run_dir.glob("*.tmp"))
+    assert checkpoint.load_model(run_dir / "prior.pt", Transformer, TransformerConfig) and not list(
+        run_dir.glob("*.tmp")
+    )
     assert Run("train_prior", run_dir, "--steps", 20, "--resume", "--workers", 0).wait() == 0
 
 
@@ -425,7 +427,7 @@ def small_files(tmp_path_factory):
                     partial(checkpoint.load_model, Model=DVAE, Config=DVAEConfig)),
         "prior.pt": (Transformer(TransformerConfig(n_layer=2, n_head=1, d_head=8, text_vocab=9,
                                                    text_len=4, image_vocab=8, grid=3)),
-                     load_transformer),
+                     partial(checkpoint.load_model, Model=Transformer, Config=TransformerConfig)),
         "clip.pt": (CLIP(CLIPConfig(image_size=8, patch=4, d_image=8, d_text=8, n_layer=1, d_head=4,
                                     d_embed=8, text_vocab=9, text_len=4)),
                     partial(checkpoint.load_model, Model=CLIP, Config=CLIPConfig)),
