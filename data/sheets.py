@@ -44,17 +44,3 @@ def sheet(
         for i, line in enumerate(label):
             pen.text((x, y + height + i * LINE), line, "black", font)
     return whole
-
-
-def terminal(image: Image.Image, columns: int) -> str:
-    """A picture in 24-bit colours: a character is two pixels, "▀" in the colour of the upper one
-    before that of the lower one."""
-    width = min(image.width, columns)
-    height = 2 * max(1, round(image.height * width / image.width / 2))
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX)).tolist()
-    lines = []
-    for upper, lower in zip(pixels[0::2], pixels[1::2]):
-        colors = ((*u, *v) for u, v in zip(upper, lower))
-        line = "".join("\x1b[38;2;{};{};{};48;2;{};{};{}m▀".format(*c) for c in colors)
-        lines.append(line + "\x1b[0m")
-    return "\n".join(lines)

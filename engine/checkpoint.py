@@ -100,10 +100,10 @@ def load(path: Path) -> dict:
     return state
 
 
-def load_model(path: Path, Model: type, Config: type) -> nn.Module:
+def load_model(path: Path, Model: type, Config: type, state: dict | None = None) -> nn.Module:
     """The model in a dvae.pt, prior.pt or clip.pt, on the CPU, for evaluation. ValueError where the
-    file is something else."""
-    state = load(path)
+    file is something else. state: what `load` has read there, if it has already."""
+    state = state or load(path)
     try:
         with torch.device("meta"):  # no time for initial weights
             model = Model(Config(**state["config"]))

@@ -25,11 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clip import CLIP, CLIPConfig
 from data.loader import images_to
 from data.toy import COLORS as HUES
 from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
-from engine.checkpoint import load_model
 from engine.cli import Parser, start
 from engine.log import COLORS, PALE, save, subplots
 from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
@@ -185,11 +183,10 @@ def rerank() -> Outcome:
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
     figure, (axis,) = subplots(1)
     prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
-    run, judge = load_run(SHIPPED, "cpu"), train_judge()
-    clip = load_model(SHIPPED / "clip.pt", CLIP, CLIPConfig)
+    run, judge = load_run(SHIPPED), train_judge()
     shares = []
     for split in ("val", "unseen"):
-        scores, good = judge_candidates(judge, run, clip, split, prompts, sizes[-1], 0)
+        scores, good = judge_candidates(judge, run, split, prompts, sizes[-1], 0)
         for choose in (scores, good.float()):  # the second one knows the answer
             shares.append([100 * best_of(choose, good, n).mean().item() for n in sizes])
     seen, seen_any, unseen, unseen_any = shares
@@ -224,7 +221,7 @@ def unseen() -> Outcome:
     """The model combines what it knows in ways that the training data did not: objects and styles
     that it never saw together (3.3)."""
     figure, (axis,) = subplots(1, width=8)
-    run, judge = load_run(SHIPPED, "cpu"), train_judge()
+    run, judge = load_run(SHIPPED), train_judge()
     rows = []
     for kind, split in (("seen pairs", "val"), ("unseen pairs", "unseen")):
         _, colors, shapes = prompts_of(split, 500)
@@ -314,7 +311,7 @@ def underflow() -> Outcome:
         shutil.copy(SHIPPED / name, run_dir)
     options = ["--n-layer", "32", "--n-head", "2", "--batch-size", "8"]
     train("train_prior.py", {run_dir: options}, 300)
-    run = load_run(run_dir, "cpu")
+    run = load_run(run_dir)
     torch.manual_seed(0)
     rows, found = [], {}
     for name, model in (("fresh", Transformer(run[2].config)), ("trained", run[2])):

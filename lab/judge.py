@@ -24,7 +24,8 @@ from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
 from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
 from engine.log import save, subplots
-from sample import draws, encode_prompt, find_run, load_reranker, load_run, similarity
+from sample import encode_prompt, find_run, load_run, uniforms_of
+from scale import fast
 
 SIZE = 32  # pixels, of the toy world the judge knows
 FRESH = 10**12  # no model trains on toy pictures this far out
@@ -138,12 +139,12 @@ def prompts_of(split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
 def judge_prompts(judge: Judge, run, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """One sample at temperature 1 for each of `count` one-object captions: whether the colour is
     right, and the shape, both bool [count]."""
-    bpe, dvae, prior = run
+    bpe, dvae, prior, *_ = run
     captions, colors, shapes = prompts_of(split, count)
     texts = torch.stack([encode_prompt(caption, bpe, prior) for caption in captions])
     grid = prior.config.grid
-    uniforms = draws(seed, range(count), grid**2)
-    tokens = prior.generate(texts, uniforms=uniforms)
+    uniforms = uniforms_of(seed, range(count), grid**2)
+    tokens = fast.generate(prior, texts, uniforms=uniforms)
     images = dvae.decode(tokens.view(-1, grid, grid))
     return right(judge, images, colors, shapes)
 
@@ -157,31 +158,33 @@ def best_of(scores: Tensor, good: Tensor, n: int) -> Tensor:
 
 @torch.inference_mode()
 def judge_candidates(
-    judge: Judge, run, clip, split: str, count: int, candidates: int, seed: int
+    judge: Judge, run, split: str, count: int, candidates: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """`candidates` samples for each of `count` one-object captions: the reranker's scores, and
     whether colour and shape are right, bool, both [count, candidates]."""
-    bpe, dvae, prior = run
+    bpe, dvae, prior, clip, _ = run
     grid = prior.config.grid
     scores, good = [], []
     captions, colors, shapes = prompts_of(split, count)
     for k, caption in enumerate(tqdm(captions, desc=split)):
         text = encode_prompt(caption, bpe, prior).expand(candidates, -1)
-        uniforms = draws(derive(seed, "prompt", k), range(candidates), grid**2)
-        images = dvae.decode(prior.generate(text, uniforms=uniforms).view(-1, grid, grid))
+        uniforms = uniforms_of(derive(seed, "prompt", k), range(candidates), grid**2)
+        tokens = fast.generate(prior, text, uniforms=uniforms)
+        images = dvae.decode(tokens.view(-1, grid, grid))
         color, shape = right(judge, images, colors[k], shapes[k])
         good.append(color & shape)
-        scores.append(similarity(clip, bpe, [caption], images)[0])
+        embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
+        scores.append((clip.encode_image(images) @ embedding.T)[:, 0])
     return torch.stack(scores), torch.stack(good)
 
 
-def rerank(judge: Judge, run, clip, prompts: int, candidates: int, seed: int, axis) -> None:
+def rerank(judge: Judge, run, prompts: int, candidates: int, seed: int, axis) -> None:
     """Accuracy against the number of candidates of which the best is taken, as in Fig. 9c, printed
     and drawn on the axes."""
     sizes = [2**k for k in range(candidates.bit_length())]
     table = [[f"{n:>4}"] for n in sizes]
     for kind, split, color in (("seen", "val", LINES[0]), ("unseen", "unseen", LINES[1])):
-        scores, good = judge_candidates(judge, run, clip, split, prompts, candidates, seed)
+        scores, good = judge_candidates(judge, run, split, prompts, candidates, seed)
         shares = [best_of(scores, good, n) for n in sizes]
         means = [100 * share.mean().item() for share in shares]
         errors = [100 * share.std().item() / prompts**0.5 for share in shares]
@@ -208,14 +211,13 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("rerank.png"), metavar="FILE")
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
-    run = load_run(run_dir, "cpu")
+    run = load_run(run_dir)
     if run[1].config.factor * run[2].config.grid != SIZE or args.prompts < 1:
         raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
     if args.candidates is not None:
         if args.candidates < 1 or args.candidates.bit_count() > 1:
             raise ValueError(f"--candidates is {args.candidates}; expected a power of 2")
-        clip = load_reranker(run_dir, "cpu")
-        if clip is None:
+        if run[3] is None:
             raise ValueError(
                 f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
             )
@@ -242,7 +244,7 @@ def main() -> None:
             f"colour and shape right {both:.1%} (colour {color:.1%}, shape {shape:.1%})"
         )
     if args.candidates is not None:
-        rerank(judge, run, clip, args.prompts, args.candidates, args.seed, axis)
+        rerank(judge, run, args.prompts, args.candidates, args.seed, axis)
         save(figure, args.out)
         print(f"{args.out}: accuracy against the number of candidates")
 
