@@ -35,13 +35,12 @@ from torch import Tensor, nn
 from bpe import BPE
 from dvae import DVAE, Conv2d, DVAEConfig
 from engine.cli import Parser, Stop, start
+from scale import fast
 from transformer import (  # fmt: skip
     Attention,
-    Linear,
     Transformer,
     TransformerConfig,
     attention_mask,
-    distances,
     layer_kind,
     pad_text,
     sample,
@@ -84,7 +83,9 @@ def pairs(c: TransformerConfig, first: int = 0, last: int | None = None) -> int:
     """(query, key) pairs that the masks of all layers allow, for the image cells first .. last."""
     total = 0
     for i in range(1, c.n_layer + 1):
-        back = torch.tensor(distances(layer_kind(i, c.n_layer), c.grid, c.kernel))
+        # The last cell's row of the mask has all distances that a position sees.
+        last_row = attention_mask(layer_kind(i, c.n_layer), 0, c.grid, c.kernel)[-1]
+        back = last_row.flip(0).nonzero()[:, 0]
         cells = torch.arange(c.grid**2)[first:last]
         total += c.text_len * len(cells) + int((back <= cells[:, None]).sum())
     return total
@@ -301,44 +302,14 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     return work
 
 
-# ---- the naive version of the prior --------------------------------------------------------------
-
-
-class DenseAttention(Attention):
-    """The attention resblock with an S × S mask; `past` is a list that grows by keys and values."""
-
-    def forward(self, x: Tensor, past: list | None = None) -> Tensor:
-        (B, S, d), c = x.shape, self.config
-        q, k, v = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
-        if past is not None:
-            past.append((k, v))
-            k, v = (torch.cat(t, dim=2) for t in zip(*past))
-            past[:] = [(k, v)]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask[k.shape[2] - S : k.shape[2], : k.shape[2]]
-        )
-        return self.out(y.transpose(1, 2).reshape(B, S, d))
-
-
-def dense(config: TransformerConfig, device: str, state: dict | None = None) -> Transformer:
-    """Transformer with plain attention and plain linear layers, and the same parameters."""
-    model = Transformer(config).to(device)
-    model.load_state_dict(state or model.state_dict())
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = nn.Linear
-        elif isinstance(module, Attention):
-            module.__class__ = DenseAttention
-            c = module.config
-            module.mask = attention_mask(module.kind, c.text_len, c.grid, c.kernel).to(device)
-    return model
+# ---- the prior -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def draw_naively(
     model: Transformer, text: Tensor, prefix: Tensor, uniforms: Tensor, m: int, cached: bool
 ) -> tuple[Tensor, list[float]]:
-    """m more tokens after the prefix, and when each of them was there."""
+    """m more tokens after the prefix, by the readable form, and when each of them was there."""
     pasts = [[] for _ in model.blocks[0::2]]
     image, times = prefix, [clock(text.device)]
     x = model.embed(text, F.pad(image, (0, 1)))
@@ -358,9 +329,6 @@ def draw_naively(
 def clock(device: torch.device) -> float:
     wait(device.type)
     return time.perf_counter()
-
-
-# ---- the prior -----------------------------------------------------------------------------------
 
 
 def peer_dalle(config: TransformerConfig, kinds: list[str], **kw) -> nn.Module:
@@ -404,12 +372,13 @@ def prior_step(device: str, config: TransformerConfig | None = None) -> Work:
         return model.loss(text, image)[0]
 
     model = Transformer(c).to(device)
+    fast.use_blocks(model)
     what = f"prior training step, d {c.d_model}, {c.n_layer} layers, grid {c.grid}, batch {batch}"
     units, ops = batch * (c.text_len + c.grid**2), 3 * forward_ops(c, batch)
     work = Work(what, "tokens/s", units, contestant(model, our_loss), ops=ops, rounds=3)
 
     def peers() -> dict[str, Callable[[], float]]:
-        found = {"dense": contestant(dense(c, device), our_loss)}
+        found = {"dense": contestant(Transformer(c).to(device), our_loss)}
         if dalle_pytorch and not cuda:
             kinds = ["axial_row", "axial_col", "axial_row", "conv_like"]
             words = text.clamp(max=c.text_vocab - 1)
@@ -435,7 +404,7 @@ def attention(device: str, kind: str) -> Work:
     attention alone, where the time of the matrices is taken from both sides."""
     c, batch = CUDA_CONFIG if device == "cuda" else CPU_CONFIG, 2
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    block = Attention(c, kind).to(device, dtype)
+    block = fast.BlockAttention(c, kind).to(device, dtype)
     S = c.text_len + c.grid**2
     x = torch.randn(batch, S, c.d_model, device=device, dtype=dtype, requires_grad=True)
 
@@ -443,8 +412,7 @@ def attention(device: str, kind: str) -> Work:
         return timed(lambda: forward(x).backward(x.detach()), device)
 
     def peers() -> dict[str, Callable[[], float]]:
-        naive = DenseAttention(c, kind).to(device, dtype)
-        naive.mask = attention_mask(kind, c.text_len, c.grid, c.kernel).to(device)
+        naive = Attention(c, kind).to(device, dtype)
         matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
         return {"dense": contestant(naive), "its matrices": matrices}
 
@@ -494,7 +462,7 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
                 raise Enough
 
         try:
-            model.generate(text, prefix, uniforms, progress=progress)
+            fast.generate(model, text, prefix, uniforms, progress=progress)
         except Enough:
             pass
         return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
@@ -521,11 +489,10 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
     work.bytes = numbers * torch.finfo(dtype).bits / 8
 
     def peers() -> dict[str, Callable[[], float]]:
-        naive_model = dense(c, device).to(dtype).eval()
-        found = {"dense, cached": lambda: naive(naive_model, True)}
+        found = {"dense, cached": lambda: naive(model, True)}
         if batch > 8:  # the others would take minutes and many GB
             return found
-        found["dense, uncached"] = lambda: naive(naive_model, False)
+        found["dense, uncached"] = lambda: naive(model, False)
         if dalle_pytorch and not cuda:
             for end in ("conv_like", "axial_row"):  # with static masks; conv_like has no cache
                 kinds = ["axial_row", "axial_col", "axial_row", end]
@@ -584,9 +551,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads < 1:
-        raise Stop(f"--threads {args.threads}: expected at least 1")
+        raise ValueError(f"--threads {args.threads}: expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: this machine or this PyTorch has none")
+        raise ValueError("--device cuda: this machine or this PyTorch has none")
     torch.set_num_threads(args.threads)
     if args.child:
         torch.manual_seed(0)
