@@ -237,7 +237,10 @@ class DVAE(nn.Module):
         mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
         recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
         ln_q = F.log_softmax(logits, dim=1)  # not divided by tau
-        kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)  # to 1/K; [B, h, w]
+        # KL(q ‖ uniform) = Σ q (ln q + ln K) at each grid position: [B, h, w]
+        kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)
+        # Summed over h · w positions, divided by H · W · 3 values: the mean KL, times 1/192 for a
+        # factor of 8 (A.2).
         return recon, kl.sum() / images.numel(), mu
 
     def loss(self, images: Tensor, tau: float, kl_weight: float) -> tuple[Tensor, dict]:

@@ -188,15 +188,17 @@ def draw(
     uniforms = uniforms_of(seed, range(C), grid**2).to(device)  # [C, N]
     tokens = torch.full((P * C, grid**2), -1, device=device)  # −1: not drawn yet
     tokens[:, : len(prefix)] = prefix
-    # whole prompts as many as fit, or a part of one: the model reads a prompt but once
-    batches = torch.arange(P * C, device=device).split(batch_size // C * C or batch_size)
-    images, stopped, how = [], False, (temperature, top_k, top_p, guidance)
+    # a batch is whole prompts, as many as fit, or a part of one that has more candidates than fit
+    per_batch = batch_size // C * C if C <= batch_size else batch_size
+    batches = torch.arange(P * C, device=device).split(per_batch)  # row = prompt · C + candidate
+    images, stopped = [], False
     precision = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     total = len(batches) * (grid**2 - len(prefix))
     bar = tqdm(total=total, unit="token", disable=None, leave=False)
 
-    def drawn(k: int, batch: Tensor) -> None:
-        tokens[rows, k - 1] = batch[:, k - 1]
+    def on_token(k: int, so_far: Tensor) -> None:
+        """Token k of each row in `rows`, the batch of the loop below, is there."""
+        tokens[rows, k - 1] = so_far[:, k - 1]
         bar.update()
         if watch is not None and k % grid == 0:
             begun = images + pictures()
@@ -204,6 +206,7 @@ def draw(
             watch(begun + [blank] * (P * C - len(begun)))
 
     def pictures() -> list[Image.Image]:
+        """Of `rows`, as far as they are drawn, with the reranker's scores."""
         pixels = paint(dvae, tokens[rows].view(-1, grid, grid))
         found, scores = to_images(pixels), [None] * len(rows)
         if clip is not None and tokens[rows].min() >= 0:
@@ -213,10 +216,13 @@ def draw(
         return found
 
     try:
-        for rows in batches:
-            kept = prefix.expand(len(rows), -1)
+        for rows in batches:  # (2.6)
+            of_prompt, kept = text[rows // C], prefix.expand(len(rows), -1)
             with precision:
-                fast.generate(prior, text[rows // C], kept, uniforms[rows % C], *how, drawn)
+                fast.generate(
+                    prior, of_prompt, kept, uniforms[rows % C],
+                    temperature, top_k, top_p, guidance, on_token,
+                )  # fmt: skip
             images += pictures()
     except KeyboardInterrupt:
         stopped = True
@@ -224,7 +230,7 @@ def draw(
             images += pictures()
     finally:
         bar.close()
-    if top is not None:  # of each prompt the best first; what is unfinished counts as 0
+    if top is not None:  # keep the best k of each prompt (2.6); what is unfinished counts as 0
         groups = [images[k : k + C] for k in range(0, len(images), C)]
         groups = [sorted(group, key=lambda x: -(x.info["score"] or 0)) for group in groups]
         images = [x for group in groups for x in group[:top]]

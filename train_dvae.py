@@ -136,8 +136,9 @@ def main() -> None:
         run.track(model, adamw, ema, about={"image_size": hp.image_size})
 
         for step in run.steps(hp.steps):
-            # all three schedules are half cosines (A.2); the warm-up is for step sizes above its
+            # all three schedules are half cosines (A.2)
             lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
+            # not the paper's, and off by default: larger step sizes than its need a linear warm-up
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
             kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
             tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)

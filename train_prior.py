@@ -41,9 +41,7 @@ class PriorTraining:
     """How to train the prior; the defaults are the paper's (B.2), but for those of the plateau
     rule, of bpe_captions, logging and evaluation, which it does not give.
 
-    The paper halves the step size "each time the training loss appeared to plateau", five times.
-    Our reading: the mean loss of every `plateau_steps` updates is compared with the best one so
-    far; when it has not fallen by the share `plateau_threshold`, the step size is halved.
+    The rule of a plateau is our reading: see `Halving`.
     """
 
     batch_size: int = 1024
@@ -58,6 +56,7 @@ class PriorTraining:
     eps: float = 1e-8
     weight_decay: float = 4.5e-2
     clip: float = 4.0  # of the decompressed gradient (E); it only triggers in warm-up
+    variance_clip: float = 5.0  # of Adam's running variance
     ema: float = 0.99
     ema_every: int = 25
     bpe_dropout: float = 0.1
@@ -183,8 +182,10 @@ def main() -> None:
     parser = trainer_parser(
         "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
-    parser.add_argument("--tokens", choices=("argmax", "sample"), default="argmax",
-                        help="of the pictures; samples regularise on small data (footnote 6)")  # fmt: skip
+    tokens_help = "of the pictures; samples regularise on small data (footnote 6)"
+    parser.add_argument(
+        "--tokens", choices=("argmax", "sample"), default="argmax", help=tokens_help
+    )
     args = parser.parse_args()
     with Run("prior", args) as run:
         # ---- stage one, fixed from here on; its tokens and the BPE's pieces are what is modelled
@@ -211,10 +212,17 @@ def main() -> None:
         if run.world.is_main:
             bpe.save(run.dir / "bpe.json")
         ema = run.average(model, hp.ema)
-        # The running variance is clipped to 5 (B.2). Weight decay on everything: our reading, for
-        # the paper exempts nothing.
+        # Weight decay on everything: our reading, for the paper exempts nothing.
         betas = (hp.beta1, hp.beta2)
-        adamw = AdamW(model.parameters(), hp.lr, betas, hp.eps, hp.weight_decay, args.moments)
+        adamw = AdamW(
+            model.parameters(),
+            hp.lr,
+            betas,
+            hp.eps,
+            hp.weight_decay,
+            hp.variance_clip,
+            args.moments,
+        )
         halving = Halving()
         about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}
         about["words"] = run.world.share(
@@ -236,8 +244,9 @@ def main() -> None:
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
             loss = run.update(adamw, lr, clip=hp.clip)  # to a norm of 4
             halving.see(loss, step + 1, hp)
+            # 0.99 every 25 updates (B.2); the first update starts the average
             if (step + 1) % hp.ema_every == 0 or step == 0:
-                ema.update_parameters(model)  # 0.99 every 25 updates (B.2)
+                ema.update_parameters(model)
 
             if run.due():
                 run.save()

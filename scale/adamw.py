@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from scale.formats import decode, encode
-from scale.powersgd import local, sharded_like
+from scale.parallel import local, sharded_like
 
-VARIANCE_CLIP = 5.0
 FORMATS = {"exp_avg": "1-6-9", "exp_avg_sq": "0-6-10"}  # m and v, as torch.optim.AdamW names them
 
 
@@ -39,10 +38,11 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        variance_clip: float = 5.0,
         moments: int = 32,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.moments = moments
+        self.variance_clip, self.moments = variance_clip, moments
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -61,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
                 torch._foreach_lerp_(m, g, 1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, 1 - beta2)
-                torch._foreach_clamp_max_(v, VARIANCE_CLIP)
+                torch._foreach_clamp_max_(v, self.variance_clip)
 
                 # √v̂ + ε times √(1 − β2ᵗ), which the last line divides by.
                 correction = math.sqrt(1 - beta2**t)

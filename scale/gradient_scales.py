@@ -7,6 +7,8 @@ resblock has its own: the gradient is multiplied by it where it enters the resbl
 and divided by it where it leaves, at its input. The identity path stays in 32 bits, and so do the
 gradients of gains and biases.
 
+In a run `Run.track` (engine/run.py) makes them with --dtype fp16, and `Run.update` finishes a step:
+
     scales = GradientScales(model.blocks)
     with torch.autocast(device, torch.float16):
         loss = ...
@@ -27,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale.powersgd import local
+from scale.parallel import local
 
 
 def filtered(grad: Tensor) -> Tensor:

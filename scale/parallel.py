@@ -31,8 +31,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from scale.powersgd import local
-
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
@@ -111,6 +109,19 @@ def shut_down(world: World) -> None:
     world.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This GPU's shard of a parameter or gradient; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(whole: Tensor, shard: Tensor) -> Tensor:
+    """The tensor of which every GPU has such a shard, as it has of `whole`."""
+    if not isinstance(whole, DTensor):
+        return shard
+    of_all = {"shape": whole.shape, "stride": whole.stride()}
+    return DTensor.from_local(shard, whole.device_mesh, whole.placements, **of_all)
 
 
 class Loss(nn.Module):

@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scale.formats import decode, encode, largest
+from scale.parallel import local, sharded_like
 
 EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well defined
 
@@ -44,19 +45,6 @@ EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well d
 SCALE = 2.0**-10
 
 Key = tuple[str, int]  # a parameter's name, and which of its pieces
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This GPU's shard of a parameter or gradient; all of it where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(whole: Tensor, shard: Tensor) -> Tensor:
-    """The tensor of which every GPU has such a shard, as it has of `whole`."""
-    if not isinstance(whole, DTensor):
-        return shard
-    of_all = {"shape": whole.shape, "stride": whole.stride()}
-    return DTensor.from_local(shard, whole.device_mesh, whole.placements, **of_all)
 
 
 class Stored(UserDict):
