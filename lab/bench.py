@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
@@ -35,13 +36,12 @@ from torch import Tensor, nn
 from bpe import BPE
 from dvae import DVAE, Conv2d, DVAEConfig
 from engine.cli import Parser, Stop, start
-from transformer import (  # fmt: skip
+from scale import fast
+from transformer import (
     Attention,
-    Linear,
     Transformer,
     TransformerConfig,
     attention_mask,
-    distances,
     layer_kind,
     pad_text,
     sample,
@@ -82,12 +82,9 @@ class Work:
 
 def pairs(c: TransformerConfig, first: int = 0, last: int | None = None) -> int:
     """(query, key) pairs that the masks of all layers allow, for the image cells first .. last."""
-    total = 0
-    for i in range(1, c.n_layer + 1):
-        back = torch.tensor(distances(layer_kind(i, c.n_layer), c.grid, c.kernel))
-        cells = torch.arange(c.grid**2)[first:last]
-        total += c.text_len * len(cells) + int((back <= cells[:, None]).sum())
-    return total
+    kinds = [layer_kind(i, c.n_layer) for i in range(1, c.n_layer + 1)]
+    masks = (attention_mask(kind, c.text_len, c.grid, c.kernel) for kind in kinds)
+    return sum(int(mask[c.text_len :][first:last].sum()) for mask in masks)
 
 
 def forward_ops(c: TransformerConfig, batch: int) -> float:
@@ -301,56 +298,21 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     return work
 
 
-# ---- the naive version of the prior --------------------------------------------------------------
-
-
-class DenseAttention(Attention):
-    """The attention resblock with an S × S mask; `past` is a list that grows by keys and values."""
-
-    def forward(self, x: Tensor, past: list | None = None) -> Tensor:
-        (B, S, d), c = x.shape, self.config
-        q, k, v = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
-        if past is not None:
-            past.append((k, v))
-            k, v = (torch.cat(t, dim=2) for t in zip(*past))
-            past[:] = [(k, v)]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.mask[k.shape[2] - S : k.shape[2], : k.shape[2]]
-        )
-        return self.out(y.transpose(1, 2).reshape(B, S, d))
-
-
-def dense(config: TransformerConfig, device: str, state: dict | None = None) -> Transformer:
-    """Transformer with plain attention and plain linear layers, and the same parameters."""
-    model = Transformer(config).to(device)
-    model.load_state_dict(state or model.state_dict())
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = nn.Linear
-        elif isinstance(module, Attention):
-            module.__class__ = DenseAttention
-            c = module.config
-            module.mask = attention_mask(module.kind, c.text_len, c.grid, c.kernel).to(device)
-    return model
+# ---- the prior without a cache -------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def draw_naively(
-    model: Transformer, text: Tensor, prefix: Tensor, uniforms: Tensor, m: int, cached: bool
+def draw_uncached(
+    model: Transformer, text: Tensor, prefix: Tensor, uniforms: Tensor, m: int
 ) -> tuple[Tensor, list[float]]:
     """m more tokens after the prefix, and when each of them was there."""
-    pasts = [[] for _ in model.blocks[0::2]]
     image, times = prefix, [clock(text.device)]
-    x = model.embed(text, F.pad(image, (0, 1)))
     for k in range(prefix.shape[1], prefix.shape[1] + m):
-        for attention, mlp, past in zip(model.blocks[0::2], model.blocks[1::2], pasts):
-            x = x + attention(x, past if cached else None)
-            x = x + mlp(x)
-        logits = model.logits(model.image_head, x[:, -1])
-        token = sample(logits, uniforms[:, k : k + 1], 1.0, None, None)
+        x = model.embed(text, F.pad(image, (0, 1)))
+        for block in model.blocks:
+            x = x + block(x)
+        token = sample(model.logits(model.image_head, x[:, -1]), uniforms[:, k, None])
         image = torch.cat([image, token[:, None]], dim=1)
-        x = model.embed(text, F.pad(image, (0, 1))[:, : model.config.grid**2])
-        x = x[:, -1:] if cached else x
         times.append(clock(text.device))
     return image, times
 
@@ -404,12 +366,13 @@ def prior_step(device: str, config: TransformerConfig | None = None) -> Work:
         return model.loss(text, image)[0]
 
     model = Transformer(c).to(device)
+    fast.use_blocks(model)
     what = f"prior training step, d {c.d_model}, {c.n_layer} layers, grid {c.grid}, batch {batch}"
     units, ops = batch * (c.text_len + c.grid**2), 3 * forward_ops(c, batch)
     work = Work(what, "tokens/s", units, contestant(model, our_loss), ops=ops, rounds=3)
 
     def peers() -> dict[str, Callable[[], float]]:
-        found = {"dense": contestant(dense(c, device), our_loss)}
+        found = {"dense": contestant(Transformer(c).to(device), our_loss)}
         if dalle_pytorch and not cuda:
             kinds = ["axial_row", "axial_col", "axial_row", "conv_like"]
             words = text.clamp(max=c.text_vocab - 1)
@@ -443,15 +406,14 @@ def attention(device: str, kind: str) -> Work:
         return timed(lambda: forward(x).backward(x.detach()), device)
 
     def peers() -> dict[str, Callable[[], float]]:
-        naive = DenseAttention(c, kind).to(device, dtype)
-        naive.mask = attention_mask(kind, c.text_len, c.grid, c.kernel).to(device)
         matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
-        return {"dense": contestant(naive), "its matrices": matrices}
+        return {"dense": contestant(block), "its matrices": matrices}
 
     seen = int(attention_mask(kind, c.text_len, c.grid, c.kernel).sum())
     ops = 3 * 2.0 * batch * (4 * c.d_model**2 * S + 2 * c.d_model * seen)
     what = f"attention layer, {kind}, forward and backward"
-    work = Work(what, "tokens/s", batch * S, contestant(block), peers, ops)
+    ours = contestant(lambda x: fast.attend_in_blocks(block, x))
+    work = Work(what, "tokens/s", batch * S, ours, peers, ops)
 
     def without_matrices(seconds: dict[str, float]) -> dict[str, float]:
         alone = {name: seconds[name] - seconds["its matrices"] for name in ("ours", "dense")}
@@ -484,7 +446,7 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
     def median_step(times: list[float]) -> float:
         return median(b - a for a, b in zip(times[1:], times[2:]))
 
-    def ours(model: Transformer) -> float:
+    def drawing(generate: Callable) -> float:
         times = []
 
         def progress(k: int, _: Tensor) -> None:
@@ -494,14 +456,10 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
                 raise Enough
 
         try:
-            model.generate(text, prefix, uniforms, progress=progress)
+            generate(text, prefix, uniforms, progress=progress)
         except Enough:
             pass
         return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
-
-    def naive(model: Transformer, cached: bool) -> float:
-        n = 16 if cached else 2
-        return median_step(draw_naively(model, text, prefix, uniforms, n, cached)[1])
 
     @torch.inference_mode()
     def peer(model: nn.Module) -> float:
@@ -517,15 +475,17 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
     model = Transformer(c).to(device, dtype).eval()
     ops, numbers = token_cost(c, batch, first, first + m)
     what = f"generation, batch {batch}, tokens {first + 1} to {first + m} of {N}"
-    work = Work(what, "tokens/s", batch, lambda: ours(model), ops=ops, rounds=3)
+    ours = partial(drawing, partial(fast.generate, model))
+    work = Work(what, "tokens/s", batch, ours, ops=ops, rounds=3)
     work.bytes = numbers * torch.finfo(dtype).bits / 8
 
     def peers() -> dict[str, Callable[[], float]]:
-        naive_model = dense(c, device).to(dtype).eval()
-        found = {"dense, cached": lambda: naive(naive_model, True)}
+        found = {"dense, cached": lambda: drawing(model.generate)}
         if batch > 8:  # the others would take minutes and many GB
             return found
-        found["dense, uncached"] = lambda: naive(naive_model, False)
+        found["dense, uncached"] = lambda: median_step(
+            draw_uncached(model, text, prefix, uniforms, 2)[1]
+        )
         if dalle_pytorch and not cuda:
             for end in ("conv_like", "axial_row"):  # with static masks; conv_like has no cache
                 kinds = ["axial_row", "axial_col", "axial_row", end]
