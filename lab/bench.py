@@ -311,7 +311,9 @@ def draw_uncached(
         x = model.embed(text, F.pad(image, (0, 1)))
         for block in model.blocks:
             x = x + block(x)
-        token = sample(model.logits(model.image_head, x[:, -1]), uniforms[:, k, None])
+        token = sample(
+            model.logits(model.image_head, x[:, -1]), uniforms[:, k, None], 1.0, None, None
+        )
         image = torch.cat([image, token[:, None]], dim=1)
         times.append(clock(text.device))
     return image, times
@@ -544,9 +546,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads < 1:
-        raise Stop(f"--threads {args.threads}: expected at least 1")
+        raise ValueError(f"--threads {args.threads}: expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("--device cuda: this machine or this PyTorch has none")
+        raise ValueError("--device cuda: this machine or this PyTorch has none")
     torch.set_num_threads(args.threads)
     if args.child:
         torch.manual_seed(0)
