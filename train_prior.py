@@ -209,6 +209,7 @@ def main() -> None:
         val_images, val_text = run.held_out(val, pair, 512)
 
         model = run.begin(Transformer, config, hp)
+        fast.use_blocks(model)
         if run.world.is_main:
             bpe.save(run.dir / "bpe.json")
         ema = run.average(model, hp.ema)

@@ -75,9 +75,8 @@ def attention_mask(
     negative text_len, a grid below 1, or a kernel that is not odd and positive.
     """
     if text_len < 0 or grid < 1 or kernel < 1 or kernel % 2 == 0:
-        raise ValueError(
-            f"expected text_len ≥ 0, grid ≥ 1, an odd kernel ≥ 1, got {text_len}, {grid}, {kernel}"
-        )
+        want = "text_len ≥ 0, grid ≥ 1, an odd kernel ≥ 1"
+        raise ValueError(f"expected {want}, got {text_len}, {grid}, {kernel}")
     position = torch.arange(text_len + grid * grid, device=device)
     i, j = position[:, None], position
     d = i - j  # how far j is behind i, in raster order
@@ -121,12 +120,10 @@ class Attention(nn.Module):
             cache.append((k, v))
             k, v = (torch.cat(t, dim=2) for t in zip(*cache))
             cache[:] = [(k, v)]
+        mask = attention_mask(self.kind, c.text_len, c.grid, c.kernel, x.device)
         end = k.shape[2]
-        mask = attention_mask(self.kind, c.text_len, c.grid, c.kernel, x.device)[
-            end - S : end, :end
-        ]
         # One softmax over text and image keys: better than one for each (footnote 7).
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[end - S : end, :end])
         return self.out(y.transpose(1, 2).reshape(B, S, d))
 
 
@@ -173,11 +170,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def sample(
-    logits: Tensor,
-    u: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
     """logits [B, V], u [B, 1] -> tokens [B], where the cumulative distribution passes u."""
     if temperature == 0:
@@ -200,23 +193,19 @@ def check_draw(
     config: TransformerConfig, text, prefix, uniforms, temperature, top_k, top_p, guidance
 ) -> None:
     """ValueError for arguments that `Transformer.generate` does not take."""
-    B, T, N = len(text), config.text_len, config.grid**2
-    fits = text.shape == (B, T) and prefix.ndim == 2 and len(prefix) == B and prefix.shape[1] <= N
-    if not fits or uniforms.shape != (B, N):
-        got = ", ".join(str(list(t.shape)) for t in (text, prefix, uniforms))
-        raise ValueError(
-            f"expected text [B, {T}], prefix [B, at most {N}], uniforms [B, {N}], got {got}"
-        )
+    B, T, N, n = len(text), config.text_len, config.grid**2, prefix.shape[-1]
+    shapes = [list(t.shape) for t in (text, prefix, uniforms)]
+    if shapes != [[B, T], [B, n], [B, N]] or n > N:
+        want = f"text [B, {T}], prefix [B, at most {N}], uniforms [B, {N}]"
+        raise ValueError(f"expected {want}, got {shapes}")
     ends = {"text": config.text_vocab + T, "prefix": config.image_vocab, "uniforms": 1}
     for (name, end), values in zip(ends.items(), (text, prefix, uniforms)):
         if ((values < 0) | (values >= end)).any():
             raise ValueError(f"{name} must be at least 0 and below {end}")
     fits = temperature >= 0 and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
     if not fits or not math.isfinite(guidance or 0):
-        got = f"{temperature}, {top_k}, {top_p}, {guidance}"
-        raise ValueError(
-            f"expected temperature ≥ 0, top_k ≥ 1, 0 < top_p ≤ 1, a finite guidance, got {got}"
-        )
+        want = "temperature ≥ 0, top_k ≥ 1, 0 < top_p ≤ 1, a finite guidance"
+        raise ValueError(f"expected {want}, got {temperature}, {top_k}, {top_p}, {guidance}")
 
 
 # ---- the whole -----------------------------------------------------------------------------------
@@ -264,13 +253,17 @@ class Transformer(nn.Module):
             nn.init.normal_(block.out.weight, std=0.02 / math.sqrt(len(self.blocks)))
 
     def embed(self, text: Tensor, image: Tensor) -> Tensor:
-        """The stream of the text and of the cells whose tokens are image [B, n]: [B, T + n, d]."""
-        before = F.pad(image[:, :-1], (1, 0), value=self.config.image_vocab)
+        """The stream of Fig. 10, for text [B, T] and the first n tokens of an image: [B, T + n, d].
+
+        Pads have a position embedding like any token. The figure seems to leave it out, which is
+        the same family of functions: each pad is at one position only.
+        """
         text = self.text_token(text) + self.text_position.weight
+        before = F.pad(image[:, :-1], (1, 0), value=self.config.image_vocab)
         return torch.cat([text, self.embed_image(before)], dim=1)
 
     def embed_image(self, before: Tensor, first: int = 0) -> Tensor:
-        """before [B, n]: the tokens before the cells first, first + 1, … in the grid: [B, n, d]."""
+        """before [B, n]: the tokens that come before the cells first, first + 1, …: [B, n, d]."""
         cell = torch.arange(first, first + before.shape[1], device=before.device)
         row, column = cell // self.config.grid, cell % self.config.grid
         return self.image_token(before) + (self.image_row(row) + self.image_column(column))
@@ -325,34 +318,31 @@ class Transformer(nn.Module):
         """Draw an image for each text [B, T], token by token (2.6): long [B, N].
 
         prefix [B, n]: the first n image tokens, 0 ≤ n ≤ N, such as the top of a picture (3.3, G).
-        uniforms [B, N] in [0, 1): the draws. Token k of a row is where the cumulative distribution
-            passes uniforms[row, k], whatever the other rows are. By default torch.rand.
-        temperature divides the logits (0: take the likeliest). Then top_k keeps the k likeliest
-            tokens and top_p the fewest that hold this much probability, and ties with the last.
-            These two are beyond the paper, as is guidance.
-        guidance S: logits of the empty caption, pad_text([]), + S · (the caption's − those); both
-            streams are fed the same tokens. Classifier-free guidance is later than the paper (Ho &
-            Salimans 2022), and the model must have seen empty captions in training.
+        uniforms [B, N] in [0, 1): the draws, by default torch.rand. Token k of a row is where the
+            cumulative distribution passes uniforms[row, k].
+        temperature divides the logits (0: take the likeliest). Beyond the paper: top_k keeps the k
+            likeliest tokens, then top_p the fewest that hold this much probability, with ties.
+        guidance S (Ho & Salimans 2022): logits of the empty caption + S · (the caption's − those),
+            both fed the same tokens, for a model that saw empty captions in training.
         progress(k, tokens [B, N]) is called once the first k tokens are there.
 
         ValueError for what does not fit the above.
         """
-        B, T, N = len(text), self.config.text_len, self.config.grid**2
+        B, N = len(text), self.config.grid**2
         prefix = text.new_empty(B, 0) if prefix is None else prefix
         uniforms = torch.rand(B, N, device=text.device) if uniforms is None else uniforms
         check_draw(self.config, text, prefix, uniforms, temperature, top_k, top_p, guidance)
         n = prefix.shape[1]
         tokens, streams = F.pad(prefix, (0, N - n)), 1
         if guidance is not None:
-            empty = pad_text([], T, self.config.text_vocab).to(text.device).expand(B, T)
-            text, streams = torch.cat([text, empty]), 2
-        caches = [[] for _ in self.blocks[0::2]]
-
+            empty = pad_text([], self.config.text_len, self.config.text_vocab).to(text.device)
+            text, streams = torch.cat([text, empty.expand(B, -1)]), 2
+        caches = [[] for _ in self.blocks[0::2]]  # of each attention resblock
         for k in range(n, N):
             known = tokens[:, :k].repeat(streams, 1)
-            if k == n:  # all positions up to that of cell n at once
+            if k == n:  # all positions until this cell's
                 x = self.embed(text, F.pad(known, (0, 1)))
-            else:  # then one at a time
+            else:  # this cell's alone, which is fed the token before it
                 x = self.embed_image(known[:, -1:], first=k)
             for attention, mlp, cache in zip(self.blocks[0::2], self.blocks[1::2], caches):
                 x = x + attention(x, cache)

@@ -4,13 +4,15 @@ Tables and figures of what the components are made of, to look at beside the pap
     python -m lab.figures layers          # the paper's dVAE, layer by layer (A.1)
     python -m lab.figures logit-laplace   # the density of Eq. 2
     python -m lab.figures photo PHOTO     # a picture beside what its tokens decode to
+    python -m lab.figures masks           # the masks of Fig. 11, and the prior's size (B.1)
 """
 
 import math
+from itertools import product
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from data.files import read_image
@@ -19,6 +21,7 @@ from dvae import DVAE, EPS, Decoder, DVAEConfig, Encoder, logit_laplace_log_prob
 from engine.checkpoint import load_model, write_picture
 from engine.cli import Parser, check_output, start
 from engine.log import save, subplots
+from transformer import Transformer, TransformerConfig, attention_mask, layer_kind
 
 
 def print_layers(half: nn.Module, x: Tensor) -> None:
@@ -70,6 +73,46 @@ def draw_beside_reconstruction(photo: Path, model: DVAE, path: Path) -> None:
     print(f"{width} × {height} pixels beside {h} × {w} tokens decoded, {psnr:.1f} dB")
 
 
+def draw_masks(cell: int = 16) -> Image.Image:
+    """Fig. 11: each square is a position i that may (dark) or may not (light) attend to j."""
+    T, G = 6, 4
+    size = cell * (T + G * G)
+    columns = torch.arange(T, T + G * G).view(G, G).T.flatten()
+    transposed = torch.cat([torch.arange(T), columns])
+    column = attention_mask("column", T, G)
+    masks = {
+        "(a) row": attention_mask("row", T, G),
+        "(b) column": column,
+        "(c) column, image states transposed": column[transposed][:, transposed],
+        "(d) convolutional, kernel 3": attention_mask("conv", T, G, kernel=3),
+    }
+    picture = Image.new("RGB", (2 * size + 3 * cell, 2 * size + 6 * cell), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(cell)
+    for p, (title, mask) in enumerate(masks.items()):
+        left, top = cell + p % 2 * (size + cell), 2 * cell + p // 2 * (size + 3 * cell)
+        pen.text((left, top - 1.5 * cell), title, "black", font)
+        for i, j in product(range(len(mask)), repeat=2):
+            dark, light = ("#3f72b5", "#dfe8f5") if j < T else ("#3d9a62", "#e0f1e6")
+            x, y = left + j * cell, top + i * cell
+            pen.rectangle((x, y, x + cell, y + cell), dark if mask[i, j] else light, "white")
+        edge = T * cell
+        pen.line((left, top + edge, left + size, top + edge), "black", 2)
+        pen.line((left + edge, top, left + edge, top + size), "black", 2)
+    return picture
+
+
+def print_prior(config: TransformerConfig) -> None:
+    """The weights and the order of the layers of a prior (B.1)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    everything = sum(p.numel() for p in model.parameters())
+    print(f"{config.n_layer} layers, {config.n_head} heads, d = {config.d_model}")
+    print(f"{matrices:>15,} weights in the matrices of the {len(model.blocks)} resblocks")
+    print(f"{everything:>15,} with embeddings, heads, gains and biases")
+    print("layers:", *(layer_kind(i, config.n_layer) for i in range(1, config.n_layer + 1)))
+
+
 def main() -> None:
     parser = Parser(description=__doc__.strip().split("\n")[0])
     figures = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
@@ -80,6 +123,8 @@ def main() -> None:
     photo.add_argument("photo", metavar="PHOTO", type=Path)
     photo.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("pretrained/tiny"))
     photo.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("reconstruction.png"))
+    masks = figures.add_parser("masks", help="Fig. 11, and the paper's prior (B.1)")
+    masks.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig11.png"))
     args = parser.parse_args()
     if args.figure == "layers":
         config = DVAEConfig()
@@ -93,6 +138,9 @@ def main() -> None:
     if args.figure == "photo":
         model = load_model(args.run_dir / "dvae.pt", DVAE, DVAEConfig)
         draw_beside_reconstruction(args.photo, model, args.out)
+    if args.figure == "masks":
+        print_prior(TransformerConfig())
+        write_picture(args.out, draw_masks())
     print(args.out)
 
 

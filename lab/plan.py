@@ -25,6 +25,7 @@ import train_prior
 from data.files import open_dataset
 from dvae import DVAE, DVAEConfig
 from engine.cli import Parser, check_batches, choose, start, trainer_parser
+from scale.fast import use_blocks
 from scale.parallel import checkpoint_activations
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
@@ -71,7 +72,9 @@ def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tupl
         text = torch.zeros(micro_batch, config.text_len, dtype=torch.long)
         image = torch.zeros(micro_batch, config.grid**2, dtype=torch.long)
 
-    def run() -> Tensor:  # Transformer.loss, without its checks and casts, which meta cannot do
+    use_blocks(model)
+
+    def run() -> Tensor:  # Transformer.loss, but for autocast, which meta does not have
         x = model.embed(text, image)
         for block in model.blocks:
             x = x + block(x)

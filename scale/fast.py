@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -29,40 +30,38 @@ BLOCK = 128  # positions: with fewer the text's keys are read too often, with mo
 
 
 def use_blocks(model: Transformer) -> None:
-    """Let the attention of a model, which may be on `meta`, leave out blocks that its mask hides."""
+    """Let the attention of a model leave out the blocks that its masks hide."""
     if model.config.grid**2 > BLOCK:
         for block in model.blocks[0::2]:
-            block.__class__ = BlockAttention
+            block.forward = MethodType(attend_in_blocks, block)
 
 
-class BlockAttention(Attention):
-    """The resblock whose image positions, BLOCK at a time, read the text and the blocks of image
-    positions from the first that one of them sees to their own."""
+def attend_in_blocks(
+    block: Attention, x: Tensor, cache: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
+    """As `Attention.forward`: BLOCK image positions at a time read the text, and the blocks from
+    the first that one of them sees to their own."""
+    if cache is not None:
+        return Attention.forward(block, x, cache)
+    (B, S, d), c = x.shape, block.config
+    T, G = c.text_len, c.grid
 
-    def forward(self, x: Tensor, cache: list | None = None) -> Tensor:
-        if cache is not None:
-            return super().forward(x, cache)
-        (B, S, d), c = x.shape, self.config
-        x = self.in_order(x)
-        qkv = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head).permute(2, 0, 3, 1, 4)
-        text, image = qkv.split([c.text_len, c.grid**2], dim=3)
-        blocks = [text, *image.split(BLOCK, dim=3)]  # each [3, B, H, positions, D]
-        y = [F.scaled_dot_product_attention(*text, is_causal=True)]
-        masks = block_masks(self.kind, c.text_len, c.grid, c.kernel, x.device)
-        for i, (first, mask) in enumerate(masks, start=1):
-            _, k, v = torch.cat([text, *blocks[first : i + 1]], dim=3)
-            y.append(F.scaled_dot_product_attention(blocks[i][0], k, v, attn_mask=mask))
-        y = torch.cat(y, dim=2).transpose(1, 2).reshape(B, S, d)
-        return self.in_order(self.out(y))
-
-    def in_order(self, x: Tensor) -> Tensor:
-        """Column attention reads the transposed grid, where columns are blocks (Fig. 11c)."""
-        if self.kind != "column":
+    def in_order(x: Tensor) -> Tensor:
+        """Columns become rows, by transposing the grid, and back (Fig. 11c)."""
+        if block.kind != "column":
             return x
-        G = self.config.grid
-        text, image = x.split([self.config.text_len, G * G], dim=1)
-        image = image.unflatten(1, (G, G)).transpose(1, 2).flatten(1, 2)
-        return torch.cat([text, image], dim=1)
+        image = x[:, T:].unflatten(1, (G, G)).transpose(1, 2).flatten(1, 2)
+        return torch.cat([x[:, :T], image], dim=1)
+
+    qkv = block.qkv(block.norm(in_order(x))).view(B, S, 3, c.n_head, c.d_head)
+    text, image = qkv.permute(2, 0, 3, 1, 4).split([T, G * G], dim=3)  # [3, B, H, positions, D]
+    image = image.split(BLOCK, dim=3)
+    y = [F.scaled_dot_product_attention(*text, is_causal=True)]
+    for i, (first, mask) in enumerate(block_masks(block.kind, T, G, c.kernel, x.device)):
+        _, k, v = torch.cat([text, *image[first : i + 1]], dim=3)
+        y.append(F.scaled_dot_product_attention(image[i][0], k, v, attn_mask=mask))
+    y = torch.cat(y, dim=2).transpose(1, 2).reshape(B, S, d)
+    return in_order(block.out(y))
 
 
 @lru_cache
@@ -70,22 +69,19 @@ class BlockAttention(Attention):
 def block_masks(
     kind: str, text_len: int, grid: int, kernel: int, device: torch.device
 ) -> list[tuple[int, Tensor]]:
-    """For each block of image positions, from 1 on: the first block that it reads, and which of its
-    positions may attend to which key of the text and these blocks, bool [positions, keys]."""
+    """For each block of image positions: the first block that it reads, and which position may
+    attend to which key of the text and of these blocks, bool [positions, keys]."""
     mask, T = attention_mask(kind, text_len, grid, kernel), text_len
     if kind == "column":
-        order = torch.arange(grid * grid).view(grid, grid).T.flatten()
-        order = torch.cat([torch.arange(T), T + order])
+        image = torch.arange(T, len(mask)).view(grid, grid).T.flatten()
+        order = torch.cat([torch.arange(T), image])
         mask = mask[order][:, order]
     found = []
-    for rows in mask[T:].split(BLOCK):
-        text, *image = rows.split(
-            [T, *[BLOCK] * (grid * grid // BLOCK), grid * grid % BLOCK], dim=1
-        )
-        seen = [i for i, block in enumerate(image) if block.any()]
-        found.append(
-            (1 + seen[0], torch.cat([text, *image[seen[0] : seen[-1] + 1]], dim=1).to(device))
-        )
+    for i, rows in enumerate(mask[T:].split(BLOCK)):
+        image = rows[:, T:].split(BLOCK, dim=1)
+        first = min(j for j, block in enumerate(image) if block.any())
+        seen = torch.cat([rows[:, :T], *image[first : i + 1]], dim=1)
+        found.append((first, seen.to(device)))
     return found
 
 
@@ -209,11 +205,13 @@ def attend(block: Attention, x: Tensor, k: Tensor, cache: Cache) -> Tensor:
 
 @contextmanager
 def packed_linears(model: Transformer, rows: int) -> Iterator[None]:
-    """Within it, large matrices on a CPU lie as oneDNN likes them for products with so many rows."""
-    fits = rows > 1 and torch.backends.mkldnn.is_available()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and fits]
-    linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
-    linears = [m for m in linears if m.weight.numel() >= 2**18]  # smaller ones lose
+    """Within it, large matrices on a CPU lie as oneDNN wants them for products with so many rows:
+    a few rows are not enough to pay for laying them out each time."""
+    linears = []
+    if rows > 1 and torch.backends.mkldnn.is_available():  # one row, or a small matrix, gains none
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in linears if m.weight.numel() >= 2**18 and "forward" not in vars(m)]
+        linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
     try:
         for linear in linears:
             packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
@@ -221,10 +219,11 @@ def packed_linears(model: Transformer, rows: int) -> Iterator[None]:
         yield
     finally:
         for linear in linears:
-            linear.__dict__.pop("forward", None)
+            vars(linear).pop("forward", None)
 
 
 def packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x [rows, d_in] -> x · weightᵀ + bias, [rows, d_out], the weight packed."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

@@ -34,3 +34,9 @@ def test_a_curve_needs_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, said = call(figures, "logit-laplace", "-o", out)
     assert code == 2 and "pip install matplotlib" in said and said.count("\n") == 1
+
+
+def test_figure_11_and_the_twelve_billion(tmp_path):
+    code, said, _ = call(figures, "masks", "-o", tmp_path / "masks.png")
+    assert code == 0 and "12,092,178,432" in said and "row column row row" in said
+    assert Image.open(tmp_path / "masks.png").size > (700, 700)

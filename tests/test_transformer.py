@@ -1,20 +1,21 @@
-"""transformer.py against Fig. 11 and definitions written out independently of it."""
+"""transformer.py against Fig. 11 and definitions written out independently of it, and scale/fast.py
+against transformer.py."""
 
 import copy
 import math
-import subprocess
-import sys
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import transformer
+from scale import fast
 from transformer import (
     Attention,
     Transformer,
@@ -116,6 +117,13 @@ def dense(block, x):
     return block.out((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, S, d))
 
 
+def both(model, *args, **kw):
+    """What is drawn, by the readable form and by the fast one alike."""
+    images = model.generate(*args, **kw)
+    assert torch.equal(fast.generate(model, *args, **kw), images)
+    return images
+
+
 def draw_uncached(model, text, start, n, u, warp=lambda p: p):
     """The loop of definitions: run everything for each token and invert its distribution."""
     image = start.clone()
@@ -170,7 +178,7 @@ def test_order_of_the_layers():
     assert built == ["row", "column", "row", "row", "row", "conv"]
 
 
-# ---- sparse equals dense, and the past only ----------------------------------------------------
+# ---- attention equals its definition, and sees the past only ------------------------------------
 
 
 @given(
@@ -179,19 +187,47 @@ def test_order_of_the_layers():
     st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]),
     st.sampled_from([1, 3, 5, 11]),
     st.integers(1, 3),
+    st.sampled_from([1, 3, 8, 20, 128]),
 )
 @settings(max_examples=40, deadline=None)
-def test_sparse_layer_equals_dense_forward_and_backward(kind, T, G, kernel, B):
+def test_layer_equals_its_definition_forward_and_backward_also_in_blocks(kind, T, G, kernel, B, n):
     torch.manual_seed(T * G)
     block = Attention(small(text_len=T, grid=G, kernel=kernel), kind).double()
     x = torch.randn(B, T + G * G, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
     inputs = [x, *block.parameters()]
-    sparse, reference = block(x), dense(block, x)
-    torch.testing.assert_close(sparse, reference, rtol=1e-9, atol=1e-12)
-    gradients = torch.autograd.grad((sparse * weight).sum(), inputs)
+    reference = dense(block, x)
     expected = torch.autograd.grad((reference * weight).sum(), inputs)
-    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
+    with mock.patch.object(fast, "BLOCK", n):
+        fast.block_masks.cache_clear()
+        forms = block(x), fast.attend_in_blocks(block, x)
+    fast.block_masks.cache_clear()
+    for form in forms:
+        torch.testing.assert_close(form, reference, rtol=1e-9, atol=1e-12)
+        gradients = torch.autograd.grad((form * weight).sum(), inputs)
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_in_blocks_is_the_same_model():
+    """It draws, is averaged and read from a checkpoint as before, and blocks do leave keys out."""
+    c = small(text_len=3, grid=16, kernel=5)
+    model = build(c)
+    text, image = batch(c, 2)
+    expected, names = model.loss(text, image)[0], list(model.state_dict())
+    u = torch.rand(2, 256, dtype=torch.float64)
+    drawn = both(model, text, image[:, :240], u)
+    fast.use_blocks(model)
+    average = copy.deepcopy(model)
+    assert average.blocks[0].forward.__self__ is average.blocks[0]
+    assert list(average.state_dict()) == names
+    for m in (model, average):
+        torch.testing.assert_close(m.loss(text, image)[0], expected, rtol=1e-12, atol=0)
+        assert torch.equal(both(m, text, drawn[:, :255], u), drawn)
+    kept = [m.numel() for kind in KINDS for _, m in fast.block_masks(kind, 3, 16, 5, text.device)]
+    assert sum(kept) < 0.75 * 3 * 256 * 259
+    untouched = build(small())
+    fast.use_blocks(untouched)  # less than a block
+    assert "forward" not in vars(untouched.blocks[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,20 +356,6 @@ def test_initialisation_also_after_meta():
     assert loss.item() == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 40])
-@pytest.mark.parametrize("sizes", [(8, 24), (12, 7)])
-def test_linear_of_few_rows(rows, sizes):
-    torch.manual_seed(rows)
-    linear, x = transformer.Linear(*sizes), torch.randn(rows, 1, sizes[0])
-    expected = F.linear(x, linear.weight, linear.bias)
-    torch.testing.assert_close(linear(x), expected)
-    with torch.inference_mode():
-        linear.pack(rows)
-        torch.testing.assert_close(linear(x), expected)
-        linear.pack(0)
-        assert linear.packed is None
-
-
 # ---- generation --------------------------------------------------------------------------------
 
 
@@ -349,7 +371,7 @@ def test_cached_generation_equals_uncached(B, repeats, n):
     image = image.repeat_interleave(torch.tensor(repeats), 0)
     u = torch.rand(B, 16, dtype=torch.float64)
     expected = draw_uncached(model, text, image, n, u)
-    assert torch.equal(model.generate(text, image[:, :n], u), expected)
+    assert torch.equal(both(model, text, image[:, :n], u), expected)
 
 
 @pytest.mark.parametrize(
@@ -363,7 +385,7 @@ def test_generation_of_odd_sizes_and_different_prefixes(T, G, kernel, n_layer):
     u = torch.rand(3, G * G, dtype=torch.float64)
     for n in {0, 1, G * G // 2, G * G}:
         expected = draw_uncached(model, text, image, n, u)
-        assert torch.equal(model.generate(text, image[:, :n], u), expected)
+        assert torch.equal(both(model, text, image[:, :n], u), expected)
     assert model.loss(text, image)[0].isfinite()
 
 
@@ -378,7 +400,7 @@ def test_on_a_gpu_attention_equals_dense_and_the_graph_draws_what_is_drawn_uncac
         torch.testing.assert_close(block(x).cpu(), expected, rtol=1e-9, atol=1e-11)
     u = torch.rand(8, 16, dtype=torch.float64, device="cuda")
     expected = draw_uncached(model, text, image, 3, u)
-    assert torch.equal(model.generate(text, image[:, :3], u), expected)
+    assert torch.equal(both(model, text, image[:, :3], u), expected)
 
 
 def test_candidates_do_not_depend_on_one_another():
@@ -386,9 +408,9 @@ def test_candidates_do_not_depend_on_one_another():
     model = build(c)
     text = batch(c, 1)[0].expand(8, -1)
     u = torch.rand(8, 16, dtype=torch.float64)
-    images = model.generate(text, uniforms=u)
-    assert torch.equal(images[:4], model.generate(text[:4], uniforms=u[:4]))
-    assert torch.equal(images[3:4], model.generate(text[3:4], uniforms=u[3:4]))
+    images = both(model, text, uniforms=u)
+    assert torch.equal(images[:4], both(model, text[:4], uniforms=u[:4]))
+    assert torch.equal(images[3:4], both(model, text[3:4], uniforms=u[3:4]))
     assert len(images.unique(dim=0)) == 8
 
 
@@ -420,7 +442,7 @@ def test_a_recorded_step_draws_the_same_tokens(B, dtype, options, monkeypatch):
     model = build(c).to(dtype)
     text, image = batch(c, B)
     u = torch.rand(B, 16, dtype=dtype)
-    plain = model.generate(text, image[:, :2], u, **options)
+    plain = both(model, text, image[:, :2], u, **options)
     steps = []
 
     def captured(step, device):
@@ -434,8 +456,8 @@ def test_a_recorded_step_draws_the_same_tokens(B, dtype, options, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(transformer, "captured", captured)
-    assert torch.equal(model.generate(text, image[:, :2], u, **options), plain)
+    monkeypatch.setattr(fast, "captured", captured)
+    assert torch.equal(fast.generate(model, text, image[:, :2], u, **options), plain)
     assert len(steps[0].calls) > 100
 
 
@@ -454,13 +476,11 @@ def test_guidance_equals_its_definition(repeats):
         return None, 30 * captioned - 29 * plain
 
     expected = draw_uncached(guided, text, image, 5, u)
-    assert torch.equal(model.generate(text, image[:, :5], u, guidance=30.0), expected)
-    plain = model.generate(text, uniforms=u)
-    assert torch.equal(model.generate(text, uniforms=u, guidance=1.0), plain)
-    assert not torch.equal(model.generate(text, uniforms=u, guidance=30.0), plain)
-    assert torch.equal(
-        model.generate(text, uniforms=u, guidance=0.0), model.generate(empty, uniforms=u)
-    )
+    assert torch.equal(both(model, text, image[:, :5], u, guidance=30.0), expected)
+    plain = both(model, text, uniforms=u)
+    assert torch.equal(both(model, text, uniforms=u, guidance=1.0), plain)
+    assert not torch.equal(both(model, text, uniforms=u, guidance=30.0), plain)
+    assert torch.equal(both(model, text, uniforms=u, guidance=0.0), both(model, empty, uniforms=u))
 
 
 def test_temperature_top_k_top_p_equal_their_definitions():
@@ -471,7 +491,7 @@ def test_temperature_top_k_top_p_equal_their_definitions():
 
     def check(warp, **options):
         expected = draw_uncached(model, text, image, 0, u, warp)
-        assert torch.equal(model.generate(text, uniforms=u, **options), expected)
+        assert torch.equal(both(model, text, uniforms=u, **options), expected)
 
     def nucleus(p):
         order = p.argsort(-1, descending=True)
@@ -487,9 +507,9 @@ def test_temperature_top_k_top_p_equal_their_definitions():
     check(lambda p: p * (p >= p.topk(3).values[:, -1:]), top_k=3)
     check(nucleus, top_p=0.7)
     check(lambda p: p, top_k=100, top_p=1.0)
-    greedy = model.generate(text, temperature=0)
-    assert torch.equal(greedy, model.generate(text, top_k=1))
-    assert torch.equal(greedy, model.generate(text, top_p=1e-9))
+    greedy = both(model, text, temperature=0)
+    assert torch.equal(greedy, both(model, text, top_k=1))
+    assert torch.equal(greedy, both(model, text, top_p=1e-9))
     assert torch.equal(
         greedy, draw_uncached(model, text, image, 0, 0 * u, lambda p: p == p.amax(-1, keepdim=True))
     )
@@ -505,15 +525,35 @@ def test_draws_invert_the_distribution_at_its_edges():
     assert counts.tolist() == [0, 2000, 6000, 0]
 
 
-def test_default_draws_follow_the_global_generator_and_progress_is_told():
+@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+def test_packed_linears_are_the_same_linears_and_only_while_drawing(rows):
+    torch.manual_seed(rows)
+    c = small(n_layer=1, n_head=1, d_head=256)
+    model = Transformer(c)
+    large, x = model.blocks[1].up, torch.randn(rows, 256)
+    with torch.inference_mode(), fast.packed_linears(model, rows):
+        assert ("forward" in vars(large)) == (rows > 1 and torch.backends.mkldnn.is_available())
+        torch.testing.assert_close(large(x), F.linear(x, large.weight, large.bias))
+        assert "forward" not in vars(model.image_head)  # too small to gain
+
+    def stop(k, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fast.generate(model, batch(c, 2)[0], progress=stop)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("generate", [Transformer.generate, fast.generate])
+def test_default_draws_follow_the_global_generator_and_progress_is_told(generate):
     c = small()
     model = Transformer(c)
     text, image = batch(c, 2)
     told = []
     torch.manual_seed(3)
-    first = model.generate(text, image[:, :3], progress=lambda k, t: told.append((k, t.clone())))
+    first = generate(model, text, image[:, :3], progress=lambda k, t: told.append((k, t.clone())))
     torch.manual_seed(3)
-    assert torch.equal(first, model.generate(text, image[:, :3]))
+    assert torch.equal(first, generate(model, text, image[:, :3]))
     assert torch.equal(first[:, :3], image[:, :3])
     assert [k for k, _ in told] == list(range(4, 17))
     assert all(torch.equal(t[:, :k], first[:, :k]) for k, t in told)
@@ -522,44 +562,18 @@ def test_default_draws_follow_the_global_generator_and_progress_is_told():
     ].backward()  # nothing that generation cached is in the way of training
 
 
-# ---- bad input, and the demo -------------------------------------------------------------------
+# ---- bad input ---------------------------------------------------------------------------------
 
 
 def test_bad_input_is_refused_with_what_was_expected():
     c = small()
     model = Transformer(c)
     text, image = batch(c, 2)
-    pads = pad_text([], c.text_len, c.text_vocab).repeat(2, 1)
-    x = torch.zeros(1, c.text_len + c.grid**2 + c.grid, c.d_model)
     refused = [
-        ("text must be", lambda: model(text[:, :-1], image)),
-        ("text must be", lambda: model(text[0], image)),
-        ("text must be", lambda: model(text.int(), image)),
-        ("text must be in 0 to 24.*got .* to 25", lambda: model(text * 0 + 25, image)),
-        ("20 . i at position i alone", lambda: model(text * 0 + 3, image)),
-        (
-            "20 . i at position i alone",
-            lambda: model.loss(pads + torch.tensor([0, 1, 0, 0, 0]), image),
-        ),
-        ("20 . i at position i alone", lambda: model.generate(pads.flip(1))),
-        ("text must be a tensor, got list", lambda: model.generate([])),
-        ("image must be .*16.*15", lambda: model(text, image[:, :-1])),
-        ("image must be", lambda: model.loss(text, image.float())),
-        ("image must be in 0 to 12, got 13 to 13", lambda: model.loss(text, image * 0 + 13)),
-        ("image must be in", lambda: model(text, image - 14)),
-        ("an image for each text, got 1 for 2", lambda: model(text, image[:1])),
-        ("text must be", lambda: model.generate(text[:0])),
-        ("prefix must be", lambda: model.generate(text, torch.zeros(2, 17, dtype=torch.long))),
-        ("prefix must be", lambda: model.generate(text, image[:1, :3])),
-        ("prefix must be", lambda: model.generate(text, image[:, :3] * 0 + 13)),
-        ("uniforms must be", lambda: model.generate(text, uniforms=torch.ones(2, 16))),
-        ("uniforms must be", lambda: model.generate(text, uniforms=torch.zeros(2, 15))),
-        ("temperature", lambda: model.generate(text, temperature=-1)),
-        ("top_k", lambda: model.generate(text, top_k=0)),
-        ("integer top_k", lambda: model.generate(text, top_k=1.5)),
-        ("top_p", lambda: model.generate(text, top_p=0.0)),
-        ("top_p", lambda: model.generate(text, top_p=1.5)),
-        ("guidance", lambda: model.generate(text, guidance=math.inf)),
+        (r"text \[B, 5\] and image \[B, 16\], got", lambda: model(text[:, :-1], image)),
+        ("expected text", lambda: model(text[0], image)),
+        (r"expected text .*got \[2, 5\] and \[2, 15\]", lambda: model(text, image[:, :-1])),
+        (r"expected text .*got \[2, 5\] and \[1, 16\]", lambda: model.loss(text, image[:1])),
         ("odd", lambda: small(kernel=4)),
         ("grid", lambda: small(grid=0)),
         ("layers", lambda: layer_kind(0, 4)),
@@ -567,21 +581,23 @@ def test_bad_input_is_refused_with_what_was_expected():
         ("text_len", lambda: attention_mask("row", -1, 2)),
         ("grid", lambda: attention_mask("row", 2, 0)),
         *(("odd", lambda k=k: attention_mask("conv", 2, 2, kernel=k)) for k in (-3, 0, 4)),
-        *(
-            (
-                f"5 positions of text and 1 to 4 rows of 4, got {S}$",
-                lambda S=S: model.blocks[0](x[:, :S]),
-            )
-            for S in (4, 5, 8, 20, 25)
-        ),
     ]
+    for generate in (model.generate, partial(fast.generate, model)):
+        refused += [
+            ("text must be at least 0 and below 25", lambda g=generate: g(text * 0 + 25)),
+            ("expected text", lambda g=generate: g(text[:, 1:])),
+            ("expected text", lambda g=generate: g(text, torch.zeros(2, 17, dtype=torch.long))),
+            ("expected text", lambda g=generate: g(text, image[:1, :3])),
+            ("prefix must be .* below 13", lambda g=generate: g(text, image[:, :3] * 0 + 13)),
+            ("uniforms must be", lambda g=generate: g(text, uniforms=torch.ones(2, 16))),
+            ("uniforms must be", lambda g=generate: g(text, uniforms=-torch.ones(2, 16))),
+            ("uniforms", lambda g=generate: g(text, uniforms=torch.zeros(2, 15))),
+            ("temperature", lambda g=generate: g(text, temperature=-1)),
+            ("top_k", lambda g=generate: g(text, top_k=0)),
+            ("top_p", lambda g=generate: g(text, top_p=0.0)),
+            ("top_p", lambda g=generate: g(text, top_p=1.5)),
+            ("guidance", lambda g=generate: g(text, guidance=math.inf)),
+        ]
     for message, call in refused:
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_demo_draws_figure_11_and_counts(tmp_path):
-    command = [sys.executable, transformer.__file__, "-o", str(tmp_path / "masks.png")]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "12,092,178,432" in text and "row column row row" in text
-    assert Image.open(tmp_path / "masks.png").size > (700, 700)
