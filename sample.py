@@ -86,18 +86,14 @@ def load_run(
 def encode_prompt(prompt: str, bpe: BPE, prior: Transformer) -> Tensor:
     """The text part of the stream, long [T]. ValueError for an empty or too long prompt, or one
     with bytes that were no UTF-8."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {prompt!r} holds bytes that are no UTF-8 text") from None
+    if any("\ud800" <= c <= "\udfff" for c in prompt):  # what Python makes of such bytes
+        raise ValueError(f"the prompt {prompt!r} holds bytes that are no UTF-8 text")
     ids, most = bpe.encode(prompt.strip()), prior.config.text_len - 1
     if not ids:
         raise ValueError('the prompt is empty: say what to draw, such as "a red cube"')
     if len(ids) > most:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens and this model reads {most}: shorten it, or use "
-            "words that the model was trained on, which take fewer tokens"
-        )
+        few = "shorten it, or use words of the training captions, which take fewer"
+        raise ValueError(f"the prompt has {len(ids)} tokens, this model reads {most}: {few}")
     return pad_text(ids, prior.config.text_len, prior.config.text_vocab)
 
 
