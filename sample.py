@@ -139,10 +139,11 @@ def draw(
     image, keep_rows: the picture to continue, and how many rows of its tokens are kept (3.3, G).
     batch_size: candidates drawn at once. dtype: of the prior's resblocks; 16 bits on GPUs only.
 
-    The images' .info holds prompt, candidate, score (the cosine, or None), and options: with them
-    draw(**options) draws the same again. ValueError, before anything is drawn, for prompts that the
-    model cannot read, files that are not there, numbers out of range. A warning names words that no
-    caption of the training held. Ctrl-C raises KeyboardInterrupt(the images as far as drawn).
+    The images' .info holds prompt, candidate, score (the cosine, or None), options: with these
+    draw(**options) draws the same again; and where a picture is continued, `continues`: it, and
+    what is kept of it. ValueError, before anything is drawn, for prompts that the model cannot
+    read, files that are not there, numbers out of range. A warning names words that no caption of
+    the training held. Ctrl-C raises KeyboardInterrupt(the images as far as drawn).
     """
     options = {k: v for k, v in locals().items() if k not in ("watch", "device")}
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
