@@ -28,10 +28,10 @@ def last(run_dir, stage, name):
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A miniature of the tiny preset: both stages, a few hundred updates each."""
+    """A miniature of the tiny preset: both stages, some hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
     short = ["--run-dir", run_dir, "--ema", 0.95, "--eval-every", 350]
-    run("train_dvae.py", "--tiny", "--steps", 700, *short)
+    run("train_dvae.py", "--tiny", "--steps", 1000, *short)
     run("train_prior.py", "--steps", 240, *short)
     return run_dir
 
