@@ -399,12 +399,12 @@ def grid(device: str, size: int) -> Work:
     return work
 
 
-def attention(device: str, kind: str) -> Work:
+def attention(device: str, kind: str, config: TransformerConfig | None = None) -> Work:
     """The whole resblock, forward and backward; the peers without its two matrices are the
     attention alone, where the time of the matrices is taken from both sides."""
-    c, batch = CUDA_CONFIG if device == "cuda" else CPU_CONFIG, 2
+    c, batch = config or (CUDA_CONFIG if device == "cuda" else CPU_CONFIG), 2
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    block = fast.BlockAttention(c, kind).to(device, dtype)
+    block = Attention(c, kind).to(device, dtype)
     S = c.text_len + c.grid**2
     x = torch.randn(batch, S, c.d_model, device=device, dtype=dtype, requires_grad=True)
 
@@ -412,14 +412,14 @@ def attention(device: str, kind: str) -> Work:
         return timed(lambda: forward(x).backward(x.detach()), device)
 
     def peers() -> dict[str, Callable[[], float]]:
-        naive = Attention(c, kind).to(device, dtype)
         matrices = contestant(lambda x: block.out(block.qkv(block.norm(x))[..., : c.d_model]))
-        return {"dense": contestant(naive), "its matrices": matrices}
+        return {"dense": contestant(block), "its matrices": matrices}
 
     seen = int(attention_mask(kind, c.text_len, c.grid, c.kernel).sum())
     ops = 3 * 2.0 * batch * (4 * c.d_model**2 * S + 2 * c.d_model * seen)
     what = f"attention layer, {kind}, forward and backward"
-    work = Work(what, "tokens/s", batch * S, contestant(block), peers, ops)
+    ours = contestant(lambda x: fast.attend_in_blocks(block, x))
+    work = Work(what, "tokens/s", batch * S, ours, peers, ops)
 
     def without_matrices(seconds: dict[str, float]) -> dict[str, float]:
         alone = {name: seconds[name] - seconds["its matrices"] for name in ("ours", "dense")}

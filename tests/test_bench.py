@@ -72,6 +72,7 @@ def test_naive_version_draws_what_the_model_draws():
     "build",
     [
         lambda: bench.prior_step("cpu", SMALL),
+        lambda: bench.attention("cpu", "column", SMALL),
         lambda: bench.generation("cpu", 1, SMALL),
         lambda: bench.generation("cpu", 8, SMALL),
     ],
