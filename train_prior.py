@@ -189,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     with Run("prior", args) as run:
         # ---- stage one, fixed from here on; its tokens and the BPE's pieces are what is modelled
-        dvae = load_model(run.dir / "dvae.pt", DVAE, DVAEConfig)
+        dvae = load_model(run.dir / "dvae.pt", DVAE, DVAEConfig, run.dvae)
         dvae.requires_grad_(False).to(run.device)
         sizes = {
             "grid": run.image_size // dvae.config.factor,

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from dvae import DVAE, DVAEConfig
-from engine.checkpoint import names, save, set_aside
+from engine.checkpoint import save, set_aside
 from engine.cli import Parser, start
 from engine.run import REPLACES
+from engine.state import names
 
 RELEASED_CLASSES = (
     "dall_e.encoder.Encoder",

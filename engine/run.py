@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.loader import Samples, derive, held_out, images_to, micro_batches
-from engine import checkpoint
+from engine import checkpoint, state
 from engine.cli import Stop, check_batches, newest_run, pick_device
 from engine.log import Bar, Log, draw_curves, going_on
 from scale.gradient_scales import GradientScales
@@ -91,11 +91,9 @@ class Run:
                 if not (self.dir / name).is_file():
                     command = f"python {MAKERS[name]} --run-dir {self.dir}"
                     raise ValueError(f"{self.dir} holds no {name}; train it with: {command}")
-            dvae = checkpoint.load(self.dir / "dvae.pt")
-            self.preset, self.data = (
-                args.preset or dvae.get("preset"),
-                args.data or dvae.get("data"),
-            )
+            self.dvae = dvae = checkpoint.load(self.dir / "dvae.pt")
+            self.preset = args.preset or dvae.get("preset")
+            self.data = args.data or dvae.get("data")
             self.image_size = dvae.get("image_size")
             if self.preset not in args.presets or not (self.data and self.image_size):
                 raise ValueError(
@@ -162,7 +160,7 @@ class Run:
         self.settings = asdict(hp) | {"data": self.data, "seed": args.seed}
         self.mesh = machine_mesh(self.device, args.shard) if args.shard is not None else None
         self.check_scale(config)
-        self.state = checkpoint.to_resume(
+        self.state = state.to_resume(
             self.path, self.settings, config, args.resume, self.world, "n_averaged", "scaler"
         )
         start_from = None
@@ -174,7 +172,7 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             if not self.state:
                 stages = REPLACES if self.stage == "dvae" else (self.stage,)
-                states = [name for stage in stages for name in checkpoint.names(stage)]
+                states = [name for stage in stages for name in state.names(stage)]
                 checkpoint.set_aside(self.dir, *states, *REPLACES[self.stage])
         self.begun = True
         signal.signal(signal.SIGINT, self.ask)
@@ -225,7 +223,7 @@ class Run:
             nn.Identity() if self.mesh else model, multi_avg_fn=get_ema_multi_avg_fn(decay)
         )
         if self.mesh:  # shards cannot be copied
-            ema.module = self.sharded(checkpoint.whole(model))
+            ema.module = self.sharded(state.whole(model))
         return ema
 
     def track(
@@ -253,8 +251,11 @@ class Run:
         if args.powersgd_rank:
             self.compressor = compress(model, args, self.mesh)
         if self.state:
+            if missing := parts.keys() - self.state.about.keys():
+                expected = ", ".join(missing)
+                raise Stop(f"{self.state.path} is not of such a run: expected its {expected}", 2)
             about, own = self.state.about, [dict(group) for group in optimizer.param_groups]
-            checkpoint.restore(self.state, model, ema, optimizer, self.compressor)
+            state.restore(self.state, model, ema, optimizer, self.compressor)
             for group, settings in zip(optimizer.param_groups, own):
                 group.update({k: v for k, v in settings.items() if k != "params"})
             if about["scaler"]:
@@ -390,11 +391,11 @@ class Run:
         if not self.is_good():
             return
         shown = self.ema.module if self.ema else self.model
-        weights = checkpoint.whole(shown) if self.mesh else shown.state_dict()
+        weights = state.whole(shown) if self.mesh else shown.state_dict()
         step = {"step": self.step + 1}
         if self.world.is_main:
             checkpoint.save(self.dir / f"{self.stage}.pt", self.about | {"model": weights} | step)
-        state = {
+        about = {
             "config": asdict(self.config),
             "run": self.settings,
             "n_averaged": int(self.ema.n_averaged) if self.ema else 0,
@@ -404,8 +405,8 @@ class Run:
             **{name: vars(part) for name, part in self.parts.items()},
             **step,
         }
-        tensors = checkpoint.tensors_of(self.model, self.ema, self.optimizer, self.compressor)
-        checkpoint.save_state(self.path, state, tensors, sharded=self.mesh is not None)
+        tensors = state.tensors_of(self.model, self.ema, self.optimizer, self.compressor)
+        state.save_state(self.path, about, tensors, sharded=self.mesh is not None)
 
     def report(self, scores: dict[str, float]) -> None:
         """Log and show what was measured, and draw the curves."""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from engine import checkpoint
+import engine.state as run_state
 from scale import powersgd
 from scale.formats import largest
 from scale.powersgd import PowerSGD, pieces, sent
@@ -116,12 +116,12 @@ def on_two_machines(rank: int, port: int, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()
     about = {"config": {}, "run": {}, "step": 1}
-    tensors = checkpoint.tensors_of(model, None, optimizer, compressor)
-    checkpoint.save_state(folder / "x_state.pt", about, tensors, sharded=False)
+    tensors = run_state.tensors_of(model, None, optimizer, compressor)
+    run_state.save_state(folder / "x_state.pt", about, tensors, sharded=False)
     dist.barrier()
-    state = checkpoint.find_state(folder / "x_state.pt", {"steps": 9})
+    state = run_state.find_state(folder / "x_state.pt", {"steps": 9})
     again = PowerSGD(matrices, others, rank=2, seed=3)
-    checkpoint.restore(state, model, None, optimizer, again)
+    run_state.restore(state, model, None, optimizer, again)
     assert all(torch.allclose(again.state_dict()[n], sums[n], atol=1e-5) for n, _ in matrices)
 
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("machine", "gpu"))

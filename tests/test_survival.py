@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripts import log_of
 
+import engine.state as run_state
 import train_clip
 import train_dvae
 import train_prior
@@ -398,22 +399,22 @@ def test_a_sharded_state_that_means_harm(tmp_path):
     flag, folder = tmp_path / "ran", tmp_path / "prior_state"
     folder.mkdir()
     saved = {"sums": {}, "about": {"config": {}, "run": {}, "step": 3}}
-    about = {"crc32": checkpoint.crc32_of(saved), "saved": saved}
+    about = {"crc32": run_state.crc32_of(saved), "saved": saved}
     (folder / "about.json").write_text(json.dumps(about))
     for evil in (Harm(flag), {"planner_data": Harm(flag)}):
         (folder / ".metadata").write_bytes(pickle.dumps(evil))
         with pytest.raises(ValueError, match="open, which no index does"):
-            checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+            run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
     (folder / ".metadata").write_bytes(pickle.dumps({}))
-    assert checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9}).about["step"] == 3
+    assert run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9}).about["step"] == 3
     (folder / "about.json").write_text(json.dumps(about).replace('"step": 3', '"step": 7'))
     with pytest.raises(ValueError, match="about.json is damaged"):
-        checkpoint.find_state(tmp_path / "prior_state.pt", {"steps": 9})
+        run_state.find_state(tmp_path / "prior_state.pt", {"steps": 9})
     value = io.BytesIO()
     torch.save(Harm(flag), value)
     value.seek(0)
     with pytest.raises(pickle.UnpicklingError):
-        checkpoint.PlainValues().load_bytes(None, value)
+        run_state.PlainValues().load_bytes(None, value)
     assert not flag.exists()
 
 
@@ -495,14 +496,14 @@ def test_states_half_removed(tmp_path):
     folder.mkdir()
     (folder / "about.json").write_text("{}")
     os.utime(folder / "about.json", (1, 1))  # older, but the folder has just lost its shards
-    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    assert run_state.find_state(path, {"steps": 9}).path == path
     (folder / "about.json").unlink()
-    assert checkpoint.find_state(path, {"steps": 9}).path == path
+    assert run_state.find_state(path, {"steps": 9}).path == path
     path.unlink()
     with pytest.raises(ValueError, match="not the state of a run"):
-        checkpoint.find_state(path, {"steps": 9})
+        run_state.find_state(path, {"steps": 9})
     shutil.rmtree(folder)
-    assert checkpoint.find_state(path, {"steps": 9}) is None
+    assert run_state.find_state(path, {"steps": 9}) is None
 
 
 def test_another_model_is_refused(run_dir, call):
