@@ -154,6 +154,8 @@ def draw(
             raise ValueError(f"{name} is {options[name]}; expected 1 or more")
     if top is not None and not 1 <= top <= candidates:
         raise ValueError(f"top is {top}; expected 1 to {candidates}, the candidates")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if (image is None) != (keep_rows is None):
         raise ValueError("image and keep_rows belong together: which picture, how much of it")
     device, run_dir = pick_device(device), Path(run_dir or find_run())

@@ -169,7 +169,7 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return total / max(1, targets.numel())
 
 
-def sample(
+def sample_token(
     logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
     """logits [B, V], u [B, 1] -> tokens [B], where the cumulative distribution passes u."""
@@ -351,7 +351,7 @@ class Transformer(nn.Module):
             if guidance is not None:
                 captioned, plain = logits.chunk(2)
                 logits = plain + guidance * (captioned - plain)
-            tokens[:, k] = sample(logits, uniforms[:, k, None], temperature, top_k, top_p)
+            tokens[:, k] = sample_token(logits, uniforms[:, k, None], temperature, top_k, top_p)
             if progress is not None:
                 progress(k + 1, tokens)
         return tokens

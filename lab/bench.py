@@ -43,7 +43,7 @@ from transformer import (  # fmt: skip
     attention_mask,
     layer_kind,
     pad_text,
-    sample,
+    sample_token,
 )
 
 try:
@@ -318,7 +318,7 @@ def draw_naively(
             x = x + attention(x, past if cached else None)
             x = x + mlp(x)
         logits = model.logits(model.image_head, x[:, -1])
-        token = sample(logits, uniforms[:, k : k + 1], 1.0, None, None)
+        token = sample_token(logits, uniforms[:, k : k + 1], 1.0, None, None)
         image = torch.cat([image, token[:, None]], dim=1)
         x = model.embed(text, F.pad(image, (0, 1))[:, : model.config.grid**2])
         x = x[:, -1:] if cached else x

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer import Attention, Transformer, attention_mask, check_draw, pad_text, sample
+from transformer import Attention, Transformer, attention_mask, check_draw, pad_text, sample_token
 
 # ---- training: attention in blocks ---------------------------------------------------------------
 
@@ -139,7 +139,7 @@ def generate(
         if guidance is not None:
             captioned, plain = logits.chunk(2)
             logits = plain + guidance * (captioned - plain)
-        before.copy_(sample(logits, uniforms.index_select(1, k), temperature, top_k, top_p))
+        before.copy_(sample_token(logits, uniforms.index_select(1, k), temperature, top_k, top_p))
         tokens.index_copy_(1, k, before[:, None])
         k.add_(1)
 

@@ -330,6 +330,8 @@ def test_ctrl_c_before_the_first_token(mini, main, tmp_path, monkeypatch):
 
 
 def test_nothing_to_draw_or_to_score_is_refused(mini):
+    with pytest.raises(ValueError, match="int8"):
+        sample.draw("a cone", run_dir=mini, dtype="int8")
     with pytest.raises(ValueError, match="no prompt"):
         draw([], 1, mini)
     with pytest.raises(ValueError, match="no caption"):

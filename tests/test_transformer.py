@@ -23,7 +23,7 @@ from transformer import (
     attention_mask,
     layer_kind,
     pad_text,
-    sample,
+    sample_token,
 )
 
 KINDS = ["row", "column", "conv"]
@@ -519,9 +519,9 @@ def test_draws_invert_the_distribution_at_its_edges():
     logits = torch.tensor([[-math.inf, 0.0, math.log(3.0), -math.inf]])
     just_below_one = 1 - 2**-24  # the largest float32
     for u, token in [(0.0, 1), (0.249, 1), (0.251, 2), (just_below_one, 2)]:
-        assert sample(logits, torch.tensor([[u]]), 1.0, None, None).item() == token
+        assert sample_token(logits, torch.tensor([[u]]), 1.0, None, None).item() == token
     u = ((torch.arange(8000) + 0.5) / 8000)[:, None]
-    counts = sample(logits.expand(8000, -1), u, 1.0, None, None).bincount(minlength=4)
+    counts = sample_token(logits.expand(8000, -1), u, 1.0, None, None).bincount(minlength=4)
     assert counts.tolist() == [0, 2000, 6000, 0]
 
 
