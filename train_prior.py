@@ -252,9 +252,9 @@ def main() -> None:
             if run.due():
                 run.save()
                 scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
-                # the bound on ln p(x, y): the pair's nats and the pixels' given the tokens (Eq. 1)
+                # −ln p(x, y) at most (Eq. 1): nats of text and tokens, and of pixels given tokens
                 nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels / len(val_images)
-                run.report(scores | {"val_bits_per_dim": nats / math.log(2)})
+                run.report(scores | {"val_joint_bits": nats / math.log(2)})
                 if not run.mesh:
                     run.picture("samples.png", draw_samples(ema.module, dvae, val_text[:16], bpe))
     run.say(

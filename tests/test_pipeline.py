@@ -66,6 +66,18 @@ def test_the_prior_learns(tiny_run):
     assert last(tiny_run, "prior", "val_text_loss") < sum(positions) / len(positions)
 
 
+def test_the_joint_bound_counts_the_text_too(tiny_run):
+    """Eq. 1 in bits for each of 32 · 32 · 3 values: 23 text and 64 image tokens, then pixels."""
+    dvae = load_model(tiny_run / "dvae.pt", DVAE, DVAEConfig)
+    pictures = np.stack([toy_world(k, 32, "val")[0] for k in range(512)])
+    of_pixels = dvae.distortion(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
+    of_text, of_image, bits = (
+        last(tiny_run, "prior", f"val_{name}") for name in ("text_loss", "image_loss", "joint_bits")
+    )
+    nats = (23 * of_text + 64 * of_image) / 3072 + of_pixels.item()
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-4)
+
+
 def test_what_a_run_leaves(tiny_run):
     for name in ("bpe.json", "dvae.pt", "prior.pt", "log.jsonl", "dvae.png", "samples.png"):
         assert (tiny_run / name).stat().st_size > 0
