@@ -29,15 +29,15 @@ MAX_SCALE = 100.0  # logits are never scaled by more, for stability (CLIP 2.5)
 class CLIPConfig:
     """Sizes of both encoders; the defaults are those of ViT-B/32 (CLIP, Tables 18 and 20)."""
 
-    image_size: int = 224
-    patch: int = 32  # pixels along each side
-    d_image: int = 768
-    text_vocab: int = 49406
-    text_len: int = 77  # a caption's tokens and the end of text
-    d_text: int = 512
-    n_layer: int = 12  # of each encoder
-    d_head: int = 64
-    d_embed: int = 512
+    image_size: int = 224  # pixels along each side (CLIP, Table 20)
+    patch: int = 32  # pixels along each side of a patch (CLIP, Table 20)
+    d_image: int = 768  # width of the encoder of images (CLIP, Table 20)
+    text_vocab: int = 49406  # pieces of the BPE (CLIP, Table 18)
+    text_len: int = 77  # a caption's tokens and the end of text (CLIP 2.4)
+    d_text: int = 512  # width of the encoder of captions (CLIP, Table 20)
+    n_layer: int = 12  # layers of each encoder (CLIP, Table 20)
+    d_head: int = 64  # numbers in an attention head (CLIP, Table 20)
+    d_embed: int = 512  # numbers of the embeddings that are compared (CLIP, Table 20)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

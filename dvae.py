@@ -26,11 +26,11 @@ class DVAEConfig:
     With n_groups=4 an image shrinks by a factor of 8, with n_groups=3 by 4.
     """
 
-    n_hid: int = 256
-    n_init: int = 128
-    n_groups: int = 4
-    blocks_per_group: int = 2
-    vocab_size: int = 8192
+    n_hid: int = 256  # the width: groups have 1, 2, 4, 8 times as many channels (A.1)
+    n_init: int = 128  # channels at the decoder's start (A.1)
+    n_groups: int = 4  # groups of resblocks; between two of them both sides are halved (A.1)
+    blocks_per_group: int = 2  # resblocks in a group (A.1)
+    vocab_size: int = 8192  # K: the codes that a token can be (2.1)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -12,7 +12,6 @@ The PNG keeps how it was drawn, as JSON under the text key `dalle`. In Python:
     draw("a red cube")[0].show()
 """
 
-import argparse
 import json
 import math
 import os
@@ -267,7 +266,7 @@ def top_rows(
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help='what to draw, such as "a red cube"')
     add("--prompts", metavar="FILE", type=Path, help="more prompts, one in each line")
@@ -285,7 +284,7 @@ def make_parser() -> Parser:
     add("--batch-size", metavar="N", type=int, default=16, help="candidates drawn at once")
     add("--device", help="cuda, mps or cpu; default: the best one there")
     add("--dtype", choices=DTYPES, default="fp32", help="of the resblocks; 16 bits on GPUs only")
-    add("-o", "--out", metavar="FILE", type=Path, default=Path("sample.png"))
+    add("-o", "--out", metavar="FILE", type=Path, default="sample.png", help="default sample.png")
     add("--run-dir", metavar="DIR", type=Path, help="default: the newest run, else the shipped one")
     return parser
 

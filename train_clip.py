@@ -32,16 +32,16 @@ from engine.run import Run
 class CLIPTraining:
     """How to train CLIP; the defaults are its paper's, of ViT-B/32 (CLIP, Tables 18 and 20)."""
 
-    batch_size: int = 32_768
-    steps: int = 390_625  # 32 epochs of 400 million pairs
-    lr: float = 5e-4
-    warmup_steps: int = 2000
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    weight_decay: float = 0.2
-    log_every: int = 50
-    eval_every: int = 500
+    batch_size: int = 32_768  # pairs in an update, each of which meets every other (CLIP, Table 18)
+    steps: int = 390_625  # updates: 32 epochs of 400 million pairs (CLIP, Table 18)
+    lr: float = 5e-4  # step size at the start of its half cosine (CLIP, Table 20)
+    warmup_steps: int = 2000  # updates in which the step size grows (CLIP, Table 18)
+    beta1: float = 0.9  # of AdamW's running mean (CLIP, Table 18)
+    beta2: float = 0.98  # of AdamW's running variance (CLIP, Table 18)
+    eps: float = 1e-6  # AdamW's ε (CLIP, Table 18)
+    weight_decay: float = 0.2  # AdamW's, of the weights alone (CLIP, Table 18)
+    log_every: int = 50  # updates from one entry of log.jsonl to the next
+    eval_every: int = 500  # updates from one checkpoint and look at held-out pairs to the next
 
     def __post_init__(self) -> None:
         check_ranges(self)

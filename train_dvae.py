@@ -36,25 +36,25 @@ class DVAETraining:
     early (footnote 4), and so the reconstruction error at the end is larger.
     """
 
-    image_size: int = 256
-    batch_size: int = 512
-    steps: int = 3_000_000
-    lr: float = 1e-4
-    lr_end: float = 1.25e-6
-    lr_steps: int = 1_200_000
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    ema: float = 0.999
-    kl_weight: float = 6.6
-    kl_steps: int = 5000
-    tau_start: float = 1.0
-    tau_end: float = 1 / 16
-    tau_steps: int = 150_000
-    log_every: int = 50
-    eval_every: int = 500
+    image_size: int = 256  # pixels along each side (A.2)
+    batch_size: int = 512  # images in an update, of all processes: 64 GPUs × 8 (A.2)
+    steps: int = 3_000_000  # updates; given alone it stretches every schedule (A.2)
+    lr: float = 1e-4  # step size at the start of its half cosine (A.2)
+    lr_end: float = 1.25e-6  # step size at its end, and from there on (A.2)
+    lr_steps: int = 1_200_000  # updates of that half cosine (A.2)
+    warmup_steps: int = 0  # updates before it in which the step size grows; not the paper's
+    beta1: float = 0.9  # of AdamW's running mean (A.2)
+    beta2: float = 0.999  # of AdamW's running variance (A.2)
+    eps: float = 1e-8  # AdamW's ε (A.2)
+    weight_decay: float = 1e-4  # AdamW's (A.2)
+    ema: float = 0.999  # decay of the averaged weights, at every update (A.2)
+    kl_weight: float = 6.6  # β, to which the KL term's weight grows from 0 (A.2)
+    kl_steps: int = 5000  # updates in which it grows (A.2)
+    tau_start: float = 1.0  # τ of the relaxation at the start (A.2)
+    tau_end: float = 1 / 16  # τ at the end, where relaxed and true bound meet (2.1, A.2)
+    tau_steps: int = 150_000  # updates from one τ to the other (A.2)
+    log_every: int = 50  # updates from one entry of log.jsonl to the next
+    eval_every: int = 500  # updates from one checkpoint and look at held-out images to the next
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -44,26 +44,26 @@ class PriorTraining:
     The rule of a plateau is our reading: see `Halving`.
     """
 
-    batch_size: int = 1024
-    steps: int = 430_000
-    lr: float = 4.5e-4
-    warmup_steps: int = 5000
-    plateau_steps: int = 5000
-    plateau_threshold: float = 0.002
-    plateau_halvings: int = 5
-    beta1: float = 0.9
-    beta2: float = 0.96
-    eps: float = 1e-8
-    weight_decay: float = 4.5e-2
-    clip: float = 4.0  # of the decompressed gradient (E); it only triggers in warm-up
-    variance_clip: float = 5.0  # of Adam's running variance
-    ema: float = 0.99
-    ema_every: int = 25
-    bpe_dropout: float = 0.1
-    bpe_captions: int = 1_000_000
-    caption_dropout: float = 0.0  # not the paper's: for guidance in sampling
-    log_every: int = 50
-    eval_every: int = 500
+    batch_size: int = 1024  # pairs in an update, of all processes (B.2)
+    steps: int = 430_000  # updates; given alone it stretches every schedule (B.2)
+    lr: float = 4.5e-4  # step size after the warm-up (B.2)
+    warmup_steps: int = 5000  # updates in which the step size grows from 0 (B.2)
+    plateau_steps: int = 5000  # updates whose mean loss is compared with the best; our reading
+    plateau_threshold: float = 0.002  # share it must be better by, or lr is halved; our reading
+    plateau_halvings: int = 5  # most times that lr is halved (B.2)
+    beta1: float = 0.9  # of AdamW's running mean (B.2)
+    beta2: float = 0.96  # of AdamW's running variance (B.2)
+    eps: float = 1e-8  # AdamW's ε (B.2)
+    weight_decay: float = 4.5e-2  # AdamW's (B.2)
+    clip: float = 4.0  # norm of the decompressed gradient (E); it only triggers in warm-up (B.2)
+    variance_clip: float = 5.0  # most that Adam's running variance may be (B.2)
+    ema: float = 0.99  # decay of the averaged weights (B.2)
+    ema_every: int = 25  # updates from one averaging to the next (B.2)
+    bpe_dropout: float = 0.1  # probability that a merge is left out (2.2, B.2)
+    bpe_captions: int = 1_000_000  # samples whose captions train the BPE; not given
+    caption_dropout: float = 0.0  # share of captions left empty, for guidance; not the paper's
+    log_every: int = 50  # updates from one entry of log.jsonl to the next
+    eval_every: int = 500  # updates from one checkpoint and look at held-out pairs to the next
 
     def __post_init__(self) -> None:
         check_ranges(self)

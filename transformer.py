@@ -30,14 +30,14 @@ from torch import Tensor, nn
 class TransformerConfig:
     """The sizes of the prior; the defaults are the paper's 12-billion model (2.2, B.1)."""
 
-    n_layer: int = 64
-    n_head: int = 62
-    d_head: int = 64
-    text_len: int = 256  # T: start-of-text and at most T − 1 tokens
-    grid: int = 32  # G: an image is G × G = N tokens
-    text_vocab: int = 16384
-    image_vocab: int = 8192
-    kernel: int = 11  # of the convolutional mask
+    n_layer: int = 64  # layers, each of an attention and an MLP resblock (B.1)
+    n_head: int = 62  # attention heads; d = n_head · d_head = 3968 (B.1)
+    d_head: int = 64  # numbers in a head (B.1)
+    text_len: int = 256  # T: start-of-text and at most T − 1 tokens (2.2)
+    grid: int = 32  # G: an image is G × G = N tokens, as the dVAE says (2)
+    text_vocab: int = 16384  # pieces of the BPE (2.2)
+    image_vocab: int = 8192  # codes of the dVAE (2.2)
+    kernel: int = 11  # side of the convolutional mask, odd (Fig. 11)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

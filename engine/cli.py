@@ -7,12 +7,14 @@ Ctrl-C and SIGTERM. `DALLE_DEBUG=1` shows the traceback instead, to people who e
 """
 
 import argparse
+import inspect
 import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -56,36 +58,66 @@ def end(stop: Stop, error: Exception | None = None) -> None:
     sys.exit(stop.code)
 
 
+class Lines(argparse.RawDescriptionHelpFormatter):
+    """A line for each option, where the terminal is wide enough."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+
+
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and nothing else."""
+    """Says what is wrong in one line, with the nearest name where one is misspelt."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Lines, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """An option may be spelt as its field is, with underscores."""
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--\w+", lambda name: name[0].replace("_", "-"), arg) for arg in args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:
+        known = {name: name for name in self._option_string_actions}
+        known |= {f"--{name}": f"--preset {name}" for name in self.get_default("presets") or ()}
+        name = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            name, known = choice, {word: word for word in re.findall(r"[\w-]+", choice[2])}
+        if name and (nearest := get_close_matches(name[1], known, 1)):
+            message += f"; did you mean {known[nearest[0]]}?"
         raise Stop(message, 2)
 
 
 def trainer_parser(description: str, presets: dict, *configs: type, shards: bool = False) -> Parser:
     """The options every trainer has, one for each field of the config classes, and where a model
-    can be too large for one GPU those of 2.4 and 2.5."""
-    parser = Parser(description=description)
+    can be too large for one GPU those of 2.4 and 2.5. The help of a field is the comment behind it,
+    and its value in the preset that is named."""
+    parser = Parser(description=description, add_help=False)
     add = parser.add_argument
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--preset", choices=presets, help="sizes and schedules")
-    preset.add_argument("--tiny", dest="preset", action="store_const", const="tiny")
+    preset.add_argument("--preset", choices=presets, metavar="NAME", help=f"{', '.join(presets)}; "
+        "default: the run's, or for a new one small on a GPU, tiny without")  # fmt: skip
+    preset.add_argument(
+        "--tiny", dest="preset", action="store_const", const="tiny", help="--preset tiny"
+    )
+    parser.set_defaults(
+        presets=presets, shard=None, powersgd_rank=None, checkpoint_activations=False
+    )
+    named = parser.parse_known_args()[0].preset
+    add("-h", "--help", action="help", help="this; with --tiny or --preset the values of that")
     add("--data", metavar="SPEC", help="toy (default), a folder of images, a table "
         "(.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'")  # fmt: skip
     add("--filters", action="store_true", help="drop what the paper drops (C)")
     add("--val", metavar="SPEC", help="default: a fixed share is held out")
-    add("--run-dir", metavar="DIR", type=Path)
-    add("--micro-batch", type=int, help="samples per process and pass")
-    add("--seed", type=int, default=0)
+    add("--run-dir", metavar="DIR", type=Path, help="where everything is; default: the newest run, "
+        "or for a new one runs/PRESET")  # fmt: skip
+    add("--micro-batch", type=int, metavar="N", help="samples per process and pass")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise")
     add("--device", help="cuda, mps or cpu; default: the best one there")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of products (2.4, D)")
     add("--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes")
     add("--resume", action="store_true", help="continue the run in --run-dir")
     add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
-    parser.set_defaults(
-        presets=presets, shard=None, powersgd_rank=None, checkpoint_activations=False
-    )
     if shards:
         add("--shard", type=int, nargs="?", const=0, metavar="GPUS", help="shard the model among "
             "the GPUs of a machine (2.5), or among this many")  # fmt: skip
@@ -96,11 +128,27 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
         add("--checkpoint-activations", action="store_true",
             help="keep only the resblocks' inputs, compute the rest again (2.4)")  # fmt: skip
     for config in configs:
-        group = parser.add_argument_group(f"fields of {config.__name__}, the paper's by default")
+        group = parser.add_argument_group(f"{config.__name__}, the paper's values by default")
+        comments = comments_of(config)
         for field in fields(config):
-            names = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
-            group.add_argument(*sorted(names), type=field.type, metavar="N")
+            value = presets.get(named, {}).get(field.name, field.default)
+            help = f"{comments[field.name]}; default {shown(field.default)}"
+            if value != field.default:
+                help += f", {named} {shown(value)}"
+            name = f"--{field.name.replace('_', '-')}"
+            group.add_argument(name, type=field.type, metavar="N", help=help.replace("%", "%%"))
     return parser
+
+
+def comments_of(config: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, from its source."""
+    found = re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
+    return dict(found)
+
+
+def shown(value: float) -> str:
+    """A number as it may be typed: 3_000_000, 1.25e-06."""
+    return f"{value:_}" if isinstance(value, int) else f"{value:g}"
 
 
 def choose(config: type, preset: dict, args: argparse.Namespace):

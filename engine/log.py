@@ -277,7 +277,8 @@ def draw_curves(run_dirs: list[str | Path], path: Path) -> None:
 def main() -> None:
     parser = Parser(description="Draw the curves of runs over each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
-    parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("curves.png"))
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("curves.png"),
+        help="default curves.png")  # fmt: skip
     args = parser.parse_args()
     draw_curves(args.runs, args.out)
     print(f"{args.out}: {', '.join(args.runs)}")

@@ -157,9 +157,10 @@ def load_openai(encoder_path: str | Path, decoder_path: str | Path) -> DVAE:
 
 def main() -> None:
     parser = Parser(description="Turn OpenAI's encoder.pkl and decoder.pkl into a dvae.pt.")
-    parser.add_argument("encoder", metavar="ENC", type=Path)
-    parser.add_argument("decoder", metavar="DEC", type=Path)
-    parser.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("runs/openai"))
+    parser.add_argument("encoder", metavar="ENC", type=Path, help="encoder.pkl")
+    parser.add_argument("decoder", metavar="DEC", type=Path, help="decoder.pkl")
+    parser.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("runs/openai"),
+        help="where dvae.pt is written; default runs/openai")  # fmt: skip
     parser.add_argument("--image-size", metavar="N", type=int, default=256, help="of the prior")
     args = parser.parse_args()
     dvae, run_dir, size = load_openai(args.encoder, args.decoder), args.run_dir, args.image_size

@@ -387,7 +387,8 @@ def table(columns: list[str], rows: list[list]) -> str:
 def main() -> None:
     parser = Parser(description="Re-run one claim of the paper in miniature.")
     parser.add_argument("claim", choices=CLAIMS, metavar="NAME", help=", ".join(CLAIMS))
-    parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("docs/claims"))
+    parser.add_argument("-o", "--out", metavar="DIR", type=Path, default=Path("docs/claims"),
+        help="default docs/claims")  # fmt: skip
     args = parser.parse_args()
     says = " ".join(CLAIMS[args.claim].__doc__.split())
     print(f"the paper: {says}\n")

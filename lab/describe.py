@@ -69,7 +69,7 @@ def describe(
 def main() -> None:
     parser = Parser(description="How likely is a picture under each of some captions?")
     add = parser.add_argument
-    add("picture", type=Path)
+    add("picture", type=Path, help="a file")
     add("caption", nargs="+", help='such as "a red cube"')
     add("--run-dir", metavar="DIR", type=Path, help="default: the newest run, else the shipped one")
     add("--batch-size", metavar="N", type=int, default=16, help="captions at once")

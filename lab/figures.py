@@ -118,13 +118,17 @@ def main() -> None:
     figures = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
     figures.add_parser("layers", help="table of the paper's dVAE (A.1)")
     curve = figures.add_parser("logit-laplace", help="the density of Eq. 2")
-    curve.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("logit_laplace.png"))
+    curve.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("logit_laplace.png"),
+        help="default logit_laplace.png")  # fmt: skip
     photo = figures.add_parser("photo", help="a picture beside its reconstruction")
-    photo.add_argument("photo", metavar="PHOTO", type=Path)
-    photo.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("pretrained/tiny"))
-    photo.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("reconstruction.png"))
+    photo.add_argument("photo", metavar="PHOTO", type=Path, help="a picture")
+    photo.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("pretrained/tiny"),
+        help="whose dVAE; default pretrained/tiny")  # fmt: skip
+    photo.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("reconstruction.png"),
+        help="default reconstruction.png")  # fmt: skip
     masks = figures.add_parser("masks", help="Fig. 11, and the paper's prior (B.1)")
-    masks.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig11.png"))
+    masks.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig11.png"),
+        help="default fig11.png")  # fmt: skip
     args = parser.parse_args()
     if args.figure == "layers":
         config = DVAEConfig()

@@ -206,9 +206,10 @@ def main() -> None:
     parser = Parser(description="Measure a run on the toy world.")
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
     parser.add_argument("--prompts", type=int, default=200, help="of each kind (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
     parser.add_argument("--candidates", type=int, metavar="N", help="a power of 2, such as 64")
-    parser.add_argument("-o", "--out", type=Path, default=Path("rerank.png"), metavar="FILE")
+    parser.add_argument("-o", "--out", type=Path, default=Path("rerank.png"), metavar="FILE",
+        help="the table of --candidates as a picture; default rerank.png")  # fmt: skip
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
     run = load_run(run_dir)

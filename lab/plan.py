@@ -180,7 +180,7 @@ def main() -> None:
         add = stages.add_parser(
             stage, parents=[trainer], conflict_handler="resolve", help=f"of train_{stage}.py"
         ).add_argument
-        add("--gpus", type=int, default=1, metavar="N")
+        add("--gpus", type=int, default=1, metavar="N", help="of all machines; default 1")
         add("--gpu-memory", type=float, default=80, metavar="GB", help="of each; default 80")
         add("--bits-stored", type=int, choices=(32, 16), default=32,
             help="16: as the paper did; not built here")  # fmt: skip
