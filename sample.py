@@ -14,7 +14,6 @@ The PNG keeps how it was drawn, as JSON under the text key `dalle`. In Python:
 
 import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -181,7 +180,9 @@ def draw(
     if clip is not None:
         captions = torch.stack([clip.pad(bpe.encode(p.strip())) for p in prompts])
         captions = clip.encode_text(captions.to(device))  # [P, E], of length 1
-    options |= {"prompt": prompts, "run_dir": os.path.relpath(run_dir)}
+    if run_dir.is_relative_to(Path.cwd()):
+        run_dir = run_dir.relative_to(Path.cwd())
+    options |= {"prompt": prompts, "run_dir": run_dir.as_posix()}
 
     uniforms = uniforms_of(seed, range(C), grid**2).to(device)  # [C, N]
     tokens = torch.full((P * C, grid**2), -1, device=device)  # −1: not drawn yet

@@ -181,7 +181,7 @@ class Strings:
     def __init__(self, strings: Iterable[str]):
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         self.bytes = b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.ends) - 1

@@ -8,6 +8,7 @@ Ctrl-C and SIGTERM. `DALLE_DEBUG=1` shows the traceback instead, to people who e
 
 import argparse
 import inspect
+import io
 import math
 import os
 import re
@@ -35,6 +36,9 @@ class Stop(Exception):
 
 def start(main: Callable[[], None]) -> None:
     """Run a script's main. Whatever ends it early becomes one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # which may not know τ, as a file on Windows
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main()
     except Stop as stop:

@@ -50,7 +50,8 @@ class Log:
         self.is_main = world.is_main
         if self.is_main and self.path.exists():
             with going_on(self.path):
-                kept = [line for line in self.path.open("rb") if self.precedes(line, start)]
+                lines = self.path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if self.precedes(line, start)]
                 checkpoint.write(self.path, lambda file: file.writelines(kept))
 
     def precedes(self, line: bytes, start: int) -> bool:

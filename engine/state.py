@@ -133,7 +133,8 @@ class Index(pickle.Unpickler):
             ),
             "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
             "torch.serialization": ("_get_layout",),
-            "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",),
+            "pathlib": ("PosixPath", "WindowsPath"),
+            "pathlib._local": ("PosixPath", "WindowsPath"),
             "torch": ("Size", "float16", "float32", "float64", "bfloat16", "int32", "int64"),
         }  # fmt: skip
         if name not in known.get(module, ()):

@@ -18,9 +18,9 @@ code in it alone. Models have random weights. Nothing here asserts a time.
 
 import argparse
 import json
+import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -165,6 +165,10 @@ def memory(device: str) -> float:
     """The peak so far, in MB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
