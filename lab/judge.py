@@ -54,11 +54,11 @@ def renders(first: int) -> Iterator[tuple[Tensor, int, int]]:
         k += 1
 
 
-def blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of [B, 3, H, W] with a 5 × 5 kernel."""
-    t = torch.exp(-((torch.arange(5) - 2.0) ** 2) / (2 * sigma**2))
-    kernel = (t[:, None] * t / t.sum() ** 2).expand(3, 1, 5, 5)
-    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+def blur(x: Tensor, sigma: float, half: int = 2) -> Tensor:
+    """Gaussian blur of [B, 3, H, W] with a kernel of `half` pixels to each side of its middle."""
+    t = torch.exp(-(torch.arange(-half, half + 1.0) ** 2) / (2 * sigma**2))
+    kernel = (t[:, None] * t / t.sum() ** 2).expand(3, 1, -1, -1)
+    return F.conv2d(F.pad(x, (half,) * 4, mode="replicate"), kernel, groups=3)
 
 
 class Judge(nn.Module):
@@ -106,6 +106,34 @@ def train_judge() -> Judge:
         optimizer.step()
         schedule.step()
     return judge.eval()
+
+
+def reliable_judge() -> Judge:
+    """A trained judge, tried on renders that it has not seen. Stop where it is often wrong."""
+    judge = train_judge()
+    x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
+    for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
+        color, shape = right(judge, images, colors, shapes)
+        accuracy = (color & shape).float().mean().item()
+        print(f"judge: {accuracy:.2%} right on 2000 {kind} renders it has not seen")
+        if accuracy < 0.99:
+            raise Stop("a judge that is wrong this often measures nothing", 1)
+    return judge
+
+
+def open_run(run_dir: Path, prompts: int, candidates: int | None) -> tuple:
+    """A run's models, as `load_run` gives them. ValueError where they cannot be judged so."""
+    run = load_run(run_dir)
+    if run[1].config.factor * run[2].config.grid != SIZE or prompts < 1:
+        raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
+    if candidates is not None:
+        if candidates < 1 or candidates.bit_count() > 1:
+            raise ValueError(f"--candidates is {candidates}; expected a power of 2")
+        if run[3] is None:
+            raise ValueError(
+                f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
+            )
+    return run
 
 
 @torch.inference_mode()
@@ -157,24 +185,32 @@ def best_of(scores: Tensor, good: Tensor, n: int) -> Tensor:
 
 
 @torch.inference_mode()
+def draw_candidates(
+    run, captions: list[str], candidates: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each caption the pictures [candidates, 3, H, W] and the reranker's scores of them."""
+    bpe, dvae, prior, clip, _ = run
+    grid = prior.config.grid
+    for k, caption in enumerate(tqdm(captions, desc="candidates")):
+        text = encode_prompt(caption, bpe, prior).expand(candidates, -1)
+        uniforms = uniforms_of(derive(seed, "prompt", k), range(candidates), grid**2)
+        tokens = fast.generate(prior, text, uniforms=uniforms)
+        images = dvae.decode(tokens.view(-1, grid, grid))
+        embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
+        yield images, (clip.encode_image(images) @ embedding.T)[:, 0]
+
+
 def judge_candidates(
     judge: Judge, run, split: str, count: int, candidates: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """`candidates` samples for each of `count` one-object captions: the reranker's scores, and
     whether colour and shape are right, bool, both [count, candidates]."""
-    bpe, dvae, prior, clip, _ = run
-    grid = prior.config.grid
-    scores, good = [], []
     captions, colors, shapes = prompts_of(split, count)
-    for k, caption in enumerate(tqdm(captions, desc=split)):
-        text = encode_prompt(caption, bpe, prior).expand(candidates, -1)
-        uniforms = uniforms_of(derive(seed, "prompt", k), range(candidates), grid**2)
-        tokens = fast.generate(prior, text, uniforms=uniforms)
-        images = dvae.decode(tokens.view(-1, grid, grid))
+    scores, good = [], []
+    for k, (images, score) in enumerate(draw_candidates(run, captions, candidates, seed)):
         color, shape = right(judge, images, colors[k], shapes[k])
         good.append(color & shape)
-        embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
-        scores.append((clip.encode_image(images) @ embedding.T)[:, 0])
+        scores.append(score)
     return torch.stack(scores), torch.stack(good)
 
 
@@ -212,26 +248,11 @@ def main() -> None:
         help="the table of --candidates as a picture; default rerank.png")  # fmt: skip
     args = parser.parse_args()
     run_dir = args.run_dir or find_run()
-    run = load_run(run_dir)
-    if run[1].config.factor * run[2].config.grid != SIZE or args.prompts < 1:
-        raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
+    run = open_run(run_dir, args.prompts, args.candidates)
     if args.candidates is not None:
-        if args.candidates < 1 or args.candidates.bit_count() > 1:
-            raise ValueError(f"--candidates is {args.candidates}; expected a power of 2")
-        if run[3] is None:
-            raise ValueError(
-                f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
-            )
         check_output(args.out)
         figure, (axis,) = subplots(1)
-    judge = train_judge()
-    x, colors, shapes = batch_of(renders(2 * FRESH), 2000)
-    for kind, images in (("sharp", x), ("blurred", blur(x, 0.7))):
-        color, shape = right(judge, images, colors, shapes)
-        accuracy = (color & shape).float().mean().item()
-        print(f"judge: {accuracy:.2%} right on 2000 {kind} renders it has not seen")
-        if accuracy < 0.99:
-            raise Stop("a judge that is wrong this often measures nothing", 1)
+    judge = reliable_judge()
     psnr, codes = judge_dvae(run[1])
     print(
         f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "
