@@ -4,24 +4,36 @@ Tables and figures of what the components are made of, to look at beside the pap
     python -m lab.figures layers          # the paper's dVAE, layer by layer (A.1)
     python -m lab.figures logit-laplace   # the density of Eq. 2
     python -m lab.figures photo PHOTO     # a picture beside what its tokens decode to
+    python -m lab.figures originals SPEC  # originals over what their tokens decode to (Fig. 1)
+    python -m lab.figures best            # rows of the best of 1, 8 and 64 (Fig. 6)
     python -m lab.figures masks           # the masks of Fig. 11, and the prior's size (B.1)
+
+Of photographs Fig. 1 needs a dVAE trained on some, or OpenAI's, where its files are at hand:
+python -m engine.openai encoder.pkl decoder.pkl --run-dir runs/openai, then --run-dir runs/openai.
 """
 
 import math
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from data.files import read_image
+from data.files import middle_square, open_dataset, read_image
 from data.loader import images_to
+from data.sheets import GAP, sheet
+from data.toy import toy_scene
 from dvae import DVAE, EPS, Decoder, DVAEConfig, Encoder, logit_laplace_log_prob
-from engine.checkpoint import load_model, write_picture
+from engine.checkpoint import load, load_model, write_picture
 from engine.cli import Parser, check_output, start
 from engine.log import save, subplots
+from sample import draw
+from train_dvae import reconstructions
 from transformer import Transformer, TransformerConfig, attention_mask, layer_kind
+
+SIZES = 1, 8, 64  # candidates, of the rows of Fig. 6
 
 
 def print_layers(half: nn.Module, x: Tensor) -> None:
@@ -71,6 +83,42 @@ def draw_beside_reconstruction(photo: Path, model: DVAE, path: Path) -> None:
     write_picture(path, Image.fromarray(both.to(torch.uint8).numpy()))
     h, w = tokens.shape[1:]
     print(f"{width} × {height} pixels beside {h} × {w} tokens decoded, {psnr:.1f} dB")
+
+
+def draw_originals(spec: str, run_dir: Path) -> Image.Image:
+    """Fig. 1: eight pictures of a data set over what the tokens of a run's dVAE decode to."""
+    about = load(run_dir / "dvae.pt")
+    model = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig, about)
+    size, pixels = about["image_size"], []
+    _, pictures = open_dataset(spec, size, val=spec, captions=False)
+    for i in range(len(pictures)):
+        try:
+            pixels.append(
+                np.array(middle_square(pictures[i][0], size, size // model.config.factor))
+            )
+        except ValueError as error:
+            print(error)
+        if len(pixels) == 8:
+            break
+    if not pixels:
+        raise ValueError(f"{spec}: none of {len(pictures)} pictures can be read")
+    return reconstructions(
+        model, images_to(torch.device("cpu"), torch.from_numpy(np.stack(pixels)))
+    )
+
+
+def draw_best(prompts: list[str], sizes: tuple[int, ...], **options) -> Image.Image:
+    """Fig. 6: a column for each prompt; for each N of `sizes`, the last the largest, a row of the
+    best of the first N candidates by the reranker."""
+    drawn = draw(prompts, sizes[-1], top=sizes[-1], **options)
+    groups = [drawn[k : k + sizes[-1]] for k in range(0, len(drawn), sizes[-1])]
+    best = [[next(x for x in group if x.info["candidate"] < n) for group in groups] for n in sizes]
+    above = sheet(sum(best[:-1], []), columns=len(prompts))
+    last = sheet(best[-1], prompts, columns=len(prompts))
+    whole = Image.new("RGB", (last.width, above.height + GAP + last.height), "white")
+    whole.paste(above, (0, 0))
+    whole.paste(last, (0, above.height + GAP))
+    return whole
 
 
 def draw_masks(cell: int = 16) -> Image.Image:
@@ -126,6 +174,14 @@ def main() -> None:
         help="whose dVAE; default pretrained/tiny")  # fmt: skip
     photo.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("reconstruction.png"),
         help="default reconstruction.png")  # fmt: skip
+    fig1 = figures.add_parser("originals", help="pictures over their reconstructions (Fig. 1)")
+    fig1.add_argument("spec", nargs="?", default="toy", help="toy (default), folder, table, tars")
+    fig1.add_argument("--run-dir", metavar="DIR", type=Path, default=Path("pretrained/tiny"))
+    fig1.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig1.png"))
+    fig6 = figures.add_parser("best", help="the best of 1, 8 and 64, for eight captions (Fig. 6)")
+    fig6.add_argument("prompt", nargs="*", help="default: eight held-out ones of the toy world")
+    fig6.add_argument("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
+    fig6.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig6.png"))
     masks = figures.add_parser("masks", help="Fig. 11, and the paper's prior (B.1)")
     masks.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("fig11.png"),
         help="default fig11.png")  # fmt: skip
@@ -142,6 +198,12 @@ def main() -> None:
     if args.figure == "photo":
         model = load_model(args.run_dir / "dvae.pt", DVAE, DVAEConfig)
         draw_beside_reconstruction(args.photo, model, args.out)
+    if args.figure == "originals":
+        write_picture(args.out, draw_originals(args.spec, args.run_dir))
+    if args.figure == "best":
+        scenes = [toy_scene(k, split) for split in ("val", "unseen") for k in range(4)]
+        prompts = args.prompt or [scene.caption for scene in scenes]
+        write_picture(args.out, draw_best(prompts, SIZES, run_dir=args.run_dir))
     if args.figure == "masks":
         print_prior(TransformerConfig())
         write_picture(args.out, draw_masks())
