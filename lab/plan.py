@@ -105,6 +105,38 @@ def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn
     return model, measure(run, model)
 
 
+def memory_of(
+    model: nn.Module,
+    cost: Cost,
+    *,
+    shards: int,
+    bits: int,
+    powersgd_rank: int | None = None,
+    moments: int = 32,
+    stored: int = 32,
+    again: bool = False,
+) -> dict[str, float]:
+    """The bytes on each GPU, by what they hold; the arguments are those of `table`."""
+    n = sum(p.numel() for p in model.parameters())
+    blocks = getattr(model, "blocks", [model])
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    moments = min(moments, stored)
+    memory = {"parameters": stored / 8 * n / shards}
+    if stored == 32 or not powersgd_rank:
+        memory["gradients"] = stored / 8 * n / shards
+    memory["Adam's moments"] = 2 * moments / 8 * n / shards
+    if stored == 32:
+        memory["averaged parameters"] = 4 * n / shards
+    memory["activations"] = cost.kept * bits / 32
+    if shards > 1:  # this resblock's and the next one's, and its gradients
+        memory["gathered resblocks"] = 3 * stored / 8 * largest
+        if bits == 16 and stored == 32 and not again:  # autocast's copies, until the backward pass
+            memory["16-bit weights"] = 2 * n
+    if powersgd_rank:
+        memory["error buffers"] = moments / 8 * n / shards
+    return memory
+
+
 def table(
     model: nn.Module,
     cost: Cost,
@@ -129,22 +161,16 @@ def table(
     buffers; `stored`: 16 as in the paper, which keeps nearly all in 16 bits, gradients in the error
     buffers (E.2) and the averaged parameters on the CPU (B.2)."""
     n = sum(p.numel() for p in model.parameters())
-    blocks = getattr(model, "blocks", [model])
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    moments = min(moments, stored)
-    memory = {"parameters": stored / 8 * n / shards}
-    if stored == 32 or not powersgd_rank:
-        memory["gradients"] = stored / 8 * n / shards
-    memory["Adam's moments"] = 2 * moments / 8 * n / shards
-    if stored == 32:
-        memory["averaged parameters"] = 4 * n / shards
-    memory["activations"] = cost.kept * bits / 32
-    if shards > 1:  # this resblock's and the next one's, and its gradients
-        memory["gathered resblocks"] = 3 * stored / 8 * largest
-        if bits == 16 and stored == 32 and not again:  # autocast's copies, until the backward pass
-            memory["16-bit weights"] = 2 * n
-    if powersgd_rank:
-        memory["error buffers"] = moments / 8 * n / shards
+    memory = memory_of(
+        model,
+        cost,
+        shards=shards,
+        bits=bits,
+        powersgd_rank=powersgd_rank,
+        moments=moments,
+        stored=stored,
+        again=again,
+    )
     total = sum(memory.values()) / GB
     accumulate = batch_size // (micro_batch * gpus)
     per_step = cost.flops * accumulate * gpus
