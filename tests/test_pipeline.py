@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, log_of, run
+from scripts import ROOT, call, log_of, run
 
+import lab.evaluate
 import sample
 import train_dvae
 import train_prior
@@ -76,6 +77,30 @@ def test_the_joint_bound_counts_the_text_too(tiny_run):
     )
     nats = (23 * of_text + 64 * of_image) / 3072 + of_pixels.item()
     assert bits == pytest.approx(nats / math.log(2), rel=1e-4)
+
+
+def test_a_run_is_measured_as_it_was_while_training(tiny_run, tmp_path):
+    """On its own data as its log says; on pictures without captions, the dVAE alone."""
+    figures = {what.strip(): figure for _, what, figure, _ in lab.evaluate.evaluate(tiny_run)}
+    logged = {
+        "PSNR of 512 pictures": ("dvae", "val_psnr"),
+        "codes in use": ("dvae", "codes"),
+        "text of 512 pairs": ("prior", "val_text_loss"),
+        "its words": ("prior", "val_real_text_loss"),
+        "its pads": ("prior", "val_pad_loss"),
+        "image": ("prior", "val_image_loss"),
+        "pixels, image and text (Eq. 1)": ("prior", "val_joint_bits"),
+    }
+    assert len(figures) == len(logged) + 1  # the bound, whose codes are drawn
+    for what, entry in logged.items():
+        assert figures[what] == pytest.approx(last(tiny_run, *entry), rel=1e-4), what
+    for k in range(3):
+        Image.fromarray(toy_world(k, 32, "val")[0]).save(tmp_path / f"{k}.png")
+    code, out, err = call(lab.evaluate, tiny_run, "--data", tmp_path)
+    assert code == 0 and out.count("dVAE") == out.count("\n") - 1 == 3, err
+    assert "3 pictures" in out and "no captions" in out.splitlines()[-1]
+    code, out, err = call(lab.evaluate, tmp_path)
+    assert code == 2 and out == "" and "holds no dvae.pt" in err
 
 
 def test_what_a_run_leaves(tiny_run):

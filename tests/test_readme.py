@@ -63,3 +63,13 @@ def test_the_readme_is_a_page():
     assert len(text.splitlines()) <= 200 and len(text) <= 12_000
     for name, lines in re.findall(r"^\| `(\w+\.py)` \| .* \| (\d+) \|", text, re.MULTILINE):
         assert int(lines) == len((ROOT / name).read_text("utf-8").splitlines()), name
+
+
+def test_a_shipped_model_has_a_page():
+    """It names every file beside it."""
+    for folder in (ROOT / "pretrained").iterdir():
+        text = (folder / "README.md").read_text("utf-8")
+        for path in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (folder / path).is_file(), path
+        for path in folder.iterdir():
+            assert path.name == "README.md" or f"`{path.name}`" in text, path
