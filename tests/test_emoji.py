@@ -11,15 +11,24 @@ import subprocess
 import sys
 import tarfile
 from collections import defaultdict
+from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import lab.emoji
+import sample
+from bpe import BPE
+from clip import CLIP, CLIPConfig
 from data import emoji
 from data.files import open_dataset, open_pictures
 from data.listings import area_resize, preprocess_prior
-from tests.scripts import ROOT
+from data.loader import images_to
+from dvae import DVAE, DVAEConfig
+from tests.scripts import ROOT, call
+from transformer import Transformer, TransformerConfig
 
 TONES = {"1f3fb": "light", "1f3ff": "dark"}
 PLACES = {
@@ -59,7 +68,7 @@ CODES = [e["hexcode"].lower() for x in ENTRIES for e in [x, *x.get("skins", [])]
 def drawn(style, code):
     """A picture file unlike any other, but for Twemoji's families; every pixel is dark."""
     code = "1f46a" if style == "twemoji" and code == "1f468-200d-1f466" else code
-    pixels = np.random.default_rng([ord(c) for c in style + code]).integers(0, 99, (16, 16, 3))
+    pixels = np.random.default_rng([ord(c) for c in style + code]).integers(0, 99, (4, 4, 3))
     side, kind = (256, "WEBP") if style == "fluent" else (64, "PNG")
     image = Image.fromarray(pixels.astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
     image.save(file := io.BytesIO(), kind, lossless=True)
@@ -313,3 +322,82 @@ def test_a_full_disk(tarballs, tmp_path):
     line = command("--from", tarballs, tmp_path / "out", code=1, preexec_fn=limit)
     assert "out cannot be written (File too large)" in line
     assert not list(tmp_path.iterdir())
+
+
+# ---- what a run has learned of them
+
+
+def test_ranks_against_a_slow_reference():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(5, 3, 32, 32, generator=generator)
+    looks = torch.rand(12, 3, 3 * 16 * 16, generator=generator)
+    looks[7] = looks[4].flip(0)  # two that are drawn alike
+    true = torch.tensor([3, 4, 7, 0, 11])
+    expected = []
+    for image, k in zip(images.numpy(), true.tolist()):
+        small = image.reshape(3, 16, 2, 16, 2).mean((2, 4)).ravel()
+        nearest = [min(((small - view) ** 2).sum() for view in views) for views in looks.numpy()]
+        expected.append(1 + sum(other < nearest[k] - 1e-3 for other in nearest))
+    assert len(set(expected)) > 2
+    assert lab.emoji.ranks(lab.emoji.distances(images, looks), true).tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def gallery(made):
+    return lab.emoji.Gallery(made, 32)
+
+
+def test_a_picture_is_its_own_nearest(gallery):
+    """However Listing 2 cuts it, but for what is drawn alike."""
+    for k in range(0, len(gallery.keys), 7):
+        views = images_to(lab.emoji.CPU, gallery.pixels[k])
+        assert gallery.places(views, torch.full((6,), k)).tolist() == [1] * 6
+        style, _ = gallery.keys[k]
+        assert gallery.captions[k].startswith(f"a {emoji.STYLES[style].words[0]} ")
+    assert np.unique(gallery.parts).tolist() == ["train", "unseen", "val"]
+
+
+def test_memory_is_found(gallery, capsys):
+    """Pictures that are copies, from training, and pictures that are the true ones."""
+    asked = np.flatnonzero(gallery.parts == "unseen").tolist()
+    other = [
+        next(j for j, key in enumerate(gallery.keys) if key[1] == code and key[0] != style)
+        for style, code in (gallery.keys[k] for k in asked)
+    ]
+    for found, same, true in ((other, "100.0%", "0.0%"), (asked, "0.0%", "100.0%")):
+        images = images_to(lab.emoji.CPU, gallery.pixels[found, 0])
+        lab.emoji.measure_memory(gallery, asked, images)
+        lines = capsys.readouterr().out.splitlines()
+        if found is other:
+            assert f"the same in another style {same}" in lines[0]
+        assert lines[1].endswith(f"nearer than any of training: {true}")
+
+
+def test_lab_emoji_runs(made, tmp_path, monkeypatch):
+    """On models with random weights: it ends, and finds little."""
+    torch.manual_seed(0)
+    table = open_pictures(str(made / "train.tsv"), captions=True, filters=False)
+    bpe = BPE.train([c for i in range(40) for c in table.captions_of(i)], 300)
+    bpe.save(tmp_path / "bpe.json")
+    models = {
+        "dvae": DVAE(DVAEConfig(8, 8, 3, 1, 16)),
+        "prior": Transformer(TransformerConfig(4, 2, 8, 24, 4, bpe.vocab_size, 16, 3)),
+        "clip": CLIP(CLIPConfig(16, 8, 16, bpe.vocab_size, 24, 16, 1, 8, 8)),
+    }
+    for name, model in models.items():
+        about = {"config": asdict(model.config), "model": model.state_dict()}
+        torch.save(about, tmp_path / f"{name}.pt")
+    monkeypatch.setattr(lab.emoji, "STEPS", 2)
+    out = tmp_path / "sheet.png"
+    options = ("--run-dir", tmp_path, "--prompts", 2, "--candidates", 2, "-o", out)
+    code, said, complaint = call(lab.emoji, made, *options)
+    assert code == 0, complaint
+    assert "true pictures: style right" in said and "concept top 1 100.0%, top 5 100.0%" in said
+    assert "2 pairs of train" in said and "2 pairs of unseen" in said and "best of 2" in said
+    assert Image.open(out).width > 700
+    code, _, complaint = call(lab.emoji, tmp_path, *options)
+    assert code == 2 and "python -m data.emoji" in complaint
+    (tmp_path / "clip.pt").unlink()
+    sample.load_run.cache_clear()
+    code, _, complaint = call(lab.emoji, made, *options)
+    assert code == 2 and "train_clip.py" in complaint

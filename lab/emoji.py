@@ -1,0 +1,233 @@
+"""
+What a run has learned of the emoji that `python -m data.emoji` makes.
+
+Is the style right? So says a small network that learns the three styles from the true pictures. Is
+the concept right? That is the rank of the true picture among all pictures of its style, by the
+distance of their pixels at 16 × 16. Both for pairs of concept and style that training held, and for
+pairs of which it held neither picture nor caption (3.3). Is it memory? A sheet shows, beside what
+is drawn for unseen pairs, the true picture and the nearest one in training.
+
+    python -m lab.emoji                                     # the newest run, the folder emoji
+    python -m lab.emoji DIR --run-dir runs/emoji --candidates 32
+"""
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.emoji import STYLES
+from data.files import open_pictures
+from data.listings import area_resize, to_8_bits
+from data.loader import derive, images_to
+from data.sheets import sheet, to_images
+from engine.checkpoint import write_picture
+from engine.cli import Parser, check_output, start
+from lab.judge import best_of, blur, draw_candidates
+from sample import find_run, load_run
+from train_dvae import evaluate
+
+NAMES = sorted(STYLES)
+CPU = torch.device("cpu")
+STEPS, BATCH = 400, 64  # of training the network that knows the styles
+SHOWN = 24  # unseen pairs on the sheet
+
+# ---- the true pictures, and how near others are to them ------------------------------------------
+
+
+def views_of(image: Image.Image, size: int) -> np.ndarray:
+    """What Listing 2 can make of a picture: all of it, and at 9/8 of the size its middle and its
+    corners, uint8 [6, size, size, 3]."""
+    d = round(9 / 8 * size) - size
+    whole, larger = (to_8_bits(area_resize(np.asarray(image), t)) for t in (size, size + d))
+    corners = [(d // 2, d // 2), (0, 0), (0, d), (d, 0), (d, d)]
+    return np.stack([whole, *(larger[y : y + size, x : x + size] for y, x in corners)])
+
+
+def look(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] as they are compared, slightly blurred: at 16 × 16, [B, 768]."""
+    return F.adaptive_avg_pool2d(images, 16).flatten(1)
+
+
+def distances(images: Tensor, looks: Tensor) -> Tensor:
+    """Squared distances of images [B, 3, H, W] to n pictures, each by the nearest of its looks
+    [n, V, 768]: [B, n]."""
+    x, y = look(images), looks.flatten(0, 1)
+    lengths = [torch.linalg.vector_norm(z, dim=1) for z in (x, y)]
+    squared = lengths[0].square()[:, None] + lengths[1].square() - 2 * x @ y.T
+    return squared.unflatten(1, looks.shape[:2]).amin(2)
+
+
+def ranks(distance: Tensor, true: Tensor) -> Tensor:
+    """The place, from 1, of picture `true` [B] by distance [B, n]: [B]. Equals do not count against
+    it, for some emoji are drawn alike."""
+    return 1 + (distance < distance.gather(1, true[:, None]) - 1e-3).sum(1)
+
+
+class Gallery:
+    """The pictures of a folder that `data.emoji` has made: of picture k its style and code `keys`,
+    a `captions` such as "a Fluent rocket", the table `parts` that holds it, the number of its
+    style `styles` [n], its views `pixels` uint8 [n, V, H, W, 3], and their `looks` [n, V, 768].
+
+    ValueError for a folder that is none.
+    """
+
+    def __init__(self, folder: Path, size: int):
+        if not (folder / "unseen.tsv").is_file():
+            raise ValueError(
+                f"{folder} holds no unseen.tsv; make it: python -m data.emoji {folder}"
+            )
+        found = []
+        for part in ("train", "val", "unseen"):
+            table = open_pictures(str(folder / f"{part}.tsv"), captions=True, filters=False)
+            found += [(table.files[i], part, table, i) for i in range(len(table))]
+        found.sort(key=lambda row: row[:2])
+        self.keys = [tuple(file.removesuffix(".png").split("/")) for file, *_ in found]
+        self.parts = np.array([part for _, part, *_ in found])
+        items = [table[i] for *_, table, i in tqdm(found, desc="pictures")]
+        self.captions = [captions[0] for _, captions in items]
+        self.styles = torch.tensor([NAMES.index(style) for style, _ in self.keys])
+        self.pixels = torch.from_numpy(np.stack([views_of(image, size) for image, _ in items]))
+        self.looks = torch.stack([look(images_to(CPU, views)) for views in self.pixels])
+
+    def places(self, images: Tensor, true: Tensor) -> Tensor:
+        """The ranks [B] of pictures `true` [B], all of one style, among all of that style."""
+        style = self.styles[true[0]]
+        first, last = torch.searchsorted(self.styles, torch.stack([style, style + 1])).tolist()
+        return ranks(distances(images, self.looks[first:last]), true - first)
+
+
+def train_styles(pixels: Tensor, styles: Tensor) -> nn.Module:
+    """A network from images [B, 3, H, W] to logits over the styles. It learns from the views [n, V,
+    H, W, 3] of true pictures, blurred and noisy at random, since a model's pictures are."""
+    torch.manual_seed(0)
+    layers = []
+    for n_in, n_out in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(n_in, n_out, 3, 2, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2048, len(NAMES)))
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
+    for _ in tqdm(range(STEPS), desc="styles"):
+        some, view = torch.randint(len(pixels), (BATCH,)), torch.randint(pixels.shape[1], (BATCH,))
+        x = blur(images_to(CPU, pixels[some, view]), 0.3 + 0.4 * torch.rand(()).item())
+        x = x + 0.03 * torch.rand(()) * torch.randn_like(x)
+        loss = F.cross_entropy(net(x), styles[some])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net.eval()
+
+
+# ---- what a run draws ----------------------------------------------------------------------------
+
+
+def measure_dvae(dvae, gallery: Gallery, judge: nn.Module) -> None:
+    """Print how well the pictures come back that were not trained on, and what the two measures
+    say of them: no prior can do better."""
+    new = torch.from_numpy(np.flatnonzero(gallery.parts != "train"))
+    by_style = [gallery.styles[new] == k for k in gallery.styles[new].unique()]
+    true = images_to(CPU, gallery.pixels[new, 0])
+    scores = evaluate(dvae, true, BATCH, 1 / 16)
+    print(
+        f"dVAE: {scores['val_psnr']:.2f} dB on {len(new)} pictures that were not trained on, "
+        f"{scores['codes']} of {dvae.config.vocab_size} codes in use"
+    )
+    decoded = torch.cat([dvae.decode(dvae.encode(x)) for x in true.split(BATCH)])
+    for name, images in (("true pictures", true), ("the dVAE's of them", decoded)):
+        right = (judge(images).argmax(1) == gallery.styles[new]).float().mean()
+        place = torch.cat([gallery.places(images[of], new[of]) for of in by_style])
+        top = [(place <= n).float().mean() for n in (1, 5)]
+        print(f"{name}: style right {right:.1%}, concept top 1 {top[0]:.1%}, top 5 {top[1]:.1%}")
+
+
+def measure_prompts(
+    run, gallery: Gallery, judge: nn.Module, part: str, count: int, candidates: int, seed: int
+) -> tuple[list[int], Tensor]:
+    """Print how often style and concept are right for `count` captions of a part: by one sample, by
+    the best of the candidates by the reranker, and by any. The pictures asked for, and the best
+    images [count, 3, H, W]."""
+    known = [k for k in np.flatnonzero(gallery.parts == part).tolist()
+             if len(run[0].encode(gallery.captions[k])) < run[2].config.text_len]  # fmt: skip
+    asked = random.Random(derive(seed, part)).sample(known, min(count, len(known)))
+    style, place, scores, best = [], [], [], []
+    captions = [gallery.captions[k] for k in asked]
+    for k, (images, score) in zip(asked, draw_candidates(run, captions, candidates, seed)):
+        style.append(judge(images).argmax(1) == gallery.styles[k])
+        place.append(gallery.places(images, torch.full((candidates,), k)))
+        scores.append(score)
+        best.append(images[score.argmax()])
+    place, scores = torch.stack(place), torch.stack(scores)
+    print(f"{len(asked)} pairs of {part}, %     one sample   best of {candidates}   any of them")
+    goods = {"style": torch.stack(style), "top 1": place <= 1, "top 5": place <= 5}
+    for name, good in goods.items():
+        shares = [best_of(scores, good, n) for n in (1, candidates)] + [good.any(1).float()]
+        line = (f"{100 * x.mean():6.1f} ± {100 * x.std() / len(x) ** 0.5:3.1f}" for x in shares)
+        print(f"  {name} right         {'   '.join(line)}")
+    return asked, torch.stack(best)
+
+
+def measure_memory(gallery: Gallery, asked: list[int], best: Tensor) -> Image.Image:
+    """Print what the nearest training picture of each of the best images shows; a sheet of them,
+    each beside the true picture and the nearest one of training."""
+
+    def concept(k: int) -> str:  # in whatever skin tone
+        return re.sub("-1f3f[b-f]", "", gallery.keys[k][1])
+
+    trained = torch.from_numpy(gallery.parts == "train")
+    kinds = {"the same in another style": 0, "another in the right style": 0, "neither": 0}
+    cells, captions, nearer = [], [], 0
+    for k, image in zip(asked, best):
+        distance = distances(image[None], gallery.looks)[0]
+        nearest = distance.masked_fill(~trained, torch.inf).argmin().item()
+        same, right = concept(nearest) == concept(k), gallery.styles[nearest] == gallery.styles[k]
+        kinds[list(kinds)[0 if same else 1 if right else 2]] += 1
+        nearer += (distance[k] < distance[nearest]).item()
+        cells += to_images(torch.stack([image, *images_to(CPU, gallery.pixels[[k, nearest], 0])]))
+        captions += [gallery.captions[k], "true picture", f"nearest: {gallery.captions[nearest]}"]
+    found = ", ".join(f"{name} {count / len(asked):.1%}" for name, count in kinds.items())
+    print(f"nearest training picture of the best for unseen pairs: {found}")
+    print(f"the true picture, unseen, is nearer than any of training: {nearer / len(asked):.1%}")
+    return sheet(cells[: 3 * SHOWN], captions[: 3 * SHOWN], columns=9)
+
+
+def main() -> None:
+    parser = Parser(description="Measure a run on the emoji.")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, default=Path("emoji"), help="of data.emoji; default: emoji")
+    add("--run-dir", metavar="DIR", type=Path, help="default: the newest run")
+    add("--prompts", type=int, default=100, help="of each kind (default 100)")
+    add("--candidates", type=int, default=32, metavar="N", help="default 32")
+    add("--seed", type=int, default=0)
+    add("-o", "--out", type=Path, default=Path("emoji.png"), metavar="FILE")
+    args = parser.parse_args()
+    if args.prompts < 2 or args.candidates < 1:
+        raise ValueError("expected --prompts of 2 or more, and --candidates of 1 or more")
+    check_output(args.out)
+    run_dir = args.run_dir or find_run()
+    run = load_run(run_dir)
+    if run[3] is None:
+        raise ValueError(f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}")
+    gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
+    judge = train_styles(*(x[gallery.parts == "train"] for x in (gallery.pixels, gallery.styles)))
+    print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
+    with torch.inference_mode():
+        measure_dvae(run[1], gallery, judge)
+        for part in ("train", "unseen"):
+            asked, best = measure_prompts(
+                run, gallery, judge, part, args.prompts, args.candidates, args.seed
+            )
+        top1 = len(NAMES) / len(gallery.keys)
+        print(f"by chance: style {1 / len(NAMES):.1%}, top 1 {top1:.2%}, top 5 {5 * top1:.2%}")
+        write_picture(args.out, measure_memory(gallery, asked, best))
+    print(f"{args.out}: drawn for unseen pairs, the true picture, the nearest one in training")
+
+
+if __name__ == "__main__":
+    start(main)
