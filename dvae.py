@@ -204,7 +204,9 @@ class DVAE(nn.Module):
     def encode(self, images: Tensor, sample: bool = False) -> Tensor:
         """Tokens: the argmax of the logits, without noise (2.2), or a sample of q (footnote 6)."""
         logits = self.encoder(map_pixels(images))
-        return (logits + gumbel_noise(logits) if sample else logits).argmax(1)
+        if sample:
+            logits = logits + gumbel_noise(logits)
+        return logits.argmax(1)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images of tokens: phi^-1(sigmoid(mu)), ln b ignored (A.3)."""
@@ -239,8 +241,6 @@ class DVAE(nn.Module):
         ln_q = F.log_softmax(logits, dim=1)  # not divided by tau
         # KL(q ‖ uniform) = Σ q (ln q + ln K) at each grid position: [B, h, w]
         kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)
-        # Summed over h · w positions, divided by H · W · 3 values: the mean KL, times 1/192 for a
-        # factor of 8 (A.2).
         return recon, kl.sum() / images.numel(), mu
 
     def loss(self, images: Tensor, tau: float, kl_weight: float) -> tuple[Tensor, dict]:

@@ -229,13 +229,22 @@ def draw(
             images += pictures()
     finally:
         bar.close()
-    if top is not None:  # keep the best k of each prompt (2.6); what is unfinished counts as 0
+    if top is not None:
         groups = [images[k : k + C] for k in range(0, len(images), C)]
-        groups = [sorted(group, key=lambda x: -(x.info["score"] or 0)) for group in groups]
-        images = [x for group in groups for x in group[:top]]
+        images = [x for group in groups for x in best(group, top)]
     if stopped:
         raise KeyboardInterrupt(images)
     return images
+
+
+def best(candidates: list[Image.Image], top: int) -> list[Image.Image]:
+    """The candidates that fit their caption best, the largest cosine first (2.6): in the paper the
+    best of 512. What is unfinished comes last."""
+
+    def score(x: Image.Image) -> float:
+        return -math.inf if x.info["score"] is None else x.info["score"]
+
+    return sorted(candidates, key=score, reverse=True)[:top]
 
 
 def paint(dvae: DVAE, tokens: Tensor) -> Tensor:

@@ -140,6 +140,7 @@ def main() -> None:
             lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
             # not the paper's, and off by default: larger step sizes than its need a linear warm-up
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
+            # beta; the loss itself weighs the KL by 1/192, or by what the size rule gives (A.2)
             kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
             tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
 

@@ -55,7 +55,7 @@ class PriorTraining:
     beta2: float = 0.96  # of AdamW's running variance (B.2)
     eps: float = 1e-8  # AdamW's ε (B.2)
     weight_decay: float = 4.5e-2  # AdamW's (B.2)
-    clip: float = 4.0  # norm of the decompressed gradient (E); it only triggers in warm-up (B.2)
+    clip: float = 4.0  # norm of the gradient, with PowerSGD of the decompressed one (B.2, E)
     variance_clip: float = 5.0  # most that Adam's running variance may be (B.2)
     ema: float = 0.99  # decay of the averaged weights (B.2)
     ema_every: int = 25  # updates from one averaging to the next (B.2)
@@ -214,15 +214,14 @@ def main() -> None:
             bpe.save(run.dir / "bpe.json")
         ema = run.average(model, hp.ema)
         # Weight decay on everything: our reading, for the paper exempts nothing.
-        betas = (hp.beta1, hp.beta2)
         adamw = AdamW(
             model.parameters(),
-            hp.lr,
-            betas,
-            hp.eps,
-            hp.weight_decay,
-            hp.variance_clip,
-            args.moments,
+            lr=hp.lr,
+            betas=(hp.beta1, hp.beta2),
+            eps=hp.eps,
+            weight_decay=hp.weight_decay,
+            variance_clip=hp.variance_clip,
+            moments=args.moments,
         )
         halving = Halving()
         about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}
@@ -241,7 +240,7 @@ def main() -> None:
 
             for images, text in run.passes(batches):
                 # argmax, no noise (2.2), or, with --tokens sample, drawn from q (footnote 6)
-                tokens = dvae.encode(images, args.tokens == "sample").flatten(1)
+                tokens = dvae.encode(images, sample=args.tokens == "sample").flatten(1)
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
             loss = run.update(adamw, lr, clip=hp.clip)  # to a norm of 4
             halving.see(loss, step + 1, hp)

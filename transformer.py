@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """An MLP resblock without its identity path; GELU is our reading, as in Child et al. 2019."""
+    """An MLP resblock without its identity path; GELU: our reading, for x·σ(1.702x) (B.1)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
