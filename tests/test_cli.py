@@ -37,7 +37,7 @@ def help_of(module, *args):
 @pytest.mark.parametrize("module", SCRIPTS)
 def test_every_option_has_a_line_of_help(module):
     code, out, _ = call(module, "-h")
-    options = set(re.findall(r"(?<=[[| ])--?[a-z][\w-]*", out[: out.index("\n\n")]))
+    options = set(re.findall(r"(?<=[\[| ])--?[a-z][\w-]*", out[: out.index("\n\n")]))
     assert code == 0 and len(options) > 12
     short = {"-h": "--help", "-o": "--out"}
     assert {short.get(name, name) for name in options} <= help_of(module).keys()
