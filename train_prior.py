@@ -148,6 +148,14 @@ def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iter
 
 
 @torch.no_grad()
+def tokens_of(dvae: DVAE, images: Tensor, chunk: int) -> tuple[Tensor, float]:
+    """Of images [M, 3, H, W] the tokens [M, N], and −ln p(x | z) in nats per pixel value, mean."""
+    chunks = images.split(chunk)
+    tokens = torch.cat([dvae.encode(x).flatten(1) for x in chunks])
+    return tokens, sum(dvae.distortion(x).item() * len(x) for x in chunks) / len(images)
+
+
+@torch.no_grad()
 def evaluate(model: Transformer, text: Tensor, image: Tensor, chunk: int) -> dict[str, float]:
     """Means in nats per token over held-out text [M, T] and image tokens [M, N]: the two parts of
     the loss, and the text's for real tokens and for pads. val_nats is −ln p(y, z) of a pair."""
@@ -229,10 +237,7 @@ def main() -> None:
             lambda: frequent_words(captions_of(train, hp.bpe_captions))
         )
         run.track(model, adamw, ema, about, halving=halving)
-        chunks = val_images.split(run.micro_batch)
-        with torch.no_grad():
-            val_tokens = torch.cat([dvae.encode(chunk).flatten(1) for chunk in chunks])
-            of_pixels = sum(dvae.distortion(chunk).item() * len(chunk) for chunk in chunks)
+        val_tokens, of_pixels = tokens_of(dvae, val_images, run.micro_batch)
 
         for step in run.steps(hp.steps):
             # linear warm-up to 4.5e-4 over 5,000 updates, then halved on plateaus (B.2)
@@ -252,7 +257,7 @@ def main() -> None:
                 run.save()
                 scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
                 # −ln p(x, y) at most (Eq. 1): nats of text and tokens, and of pixels given tokens
-                nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels / len(val_images)
+                nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels
                 run.report(scores | {"val_joint_bits": nats / math.log(2)})
                 if not run.mesh:
                     run.picture("samples.png", draw_samples(ema.module, dvae, val_text[:16], bpe))

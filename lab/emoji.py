@@ -58,10 +58,8 @@ def look(images: Tensor) -> Tensor:
 def distances(images: Tensor, looks: Tensor) -> Tensor:
     """Squared distances of images [B, 3, H, W] to n pictures, each by the nearest of its looks
     [n, V, 768]: [B, n]."""
-    x, y = look(images), looks.flatten(0, 1)
-    lengths = [torch.linalg.vector_norm(z, dim=1) for z in (x, y)]
-    squared = lengths[0].square()[:, None] + lengths[1].square() - 2 * x @ y.T
-    return squared.unflatten(1, looks.shape[:2]).amin(2)
+    found = torch.cdist(look(images), looks.flatten(0, 1)).square()
+    return found.unflatten(1, looks.shape[:2]).amin(2)
 
 
 def ranks(distance: Tensor, true: Tensor) -> Tensor:

@@ -69,10 +69,8 @@ def evaluate(
     prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig).to(device)
     pair = partial(train_prior.prepare, size=size, bpe=bpe, text_len=prior.config.text_len)
     images, text = samples(pair, captions=True)
-    chunks = images.split(CHUNK)
-    tokens = torch.cat([dvae.encode(chunk).flatten(1) for chunk in chunks])
+    tokens, of_pixels = train_prior.tokens_of(dvae, images, CHUNK)
     scores = train_prior.evaluate(prior, text, tokens, CHUNK)
-    of_pixels = sum(dvae.distortion(chunk).item() * len(chunk) for chunk in chunks) / len(images)
     joint = (scores["val_nats"] / images[0].numel() + of_pixels) / math.log(2)
     yield "prior", f"text of {len(images)} pairs", scores["val_text_loss"], "nats per token"
     yield "prior", "  its words", scores["val_real_text_loss"], "nats per token"

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.loader import images_to
 from data.toy import toy_world
 from engine.cli import Parser, check_output, start
 from engine.log import COLORS, save, subplots
@@ -75,7 +76,7 @@ def pictures_of(split: str, first: int, count: int) -> Tensor:
     """One-object pictures of a split, from the `first` of them on: [count, 3, 32, 32]."""
     scenes = islice(single_objects(split, 0), first, first + count)
     pixels = [torch.from_numpy(toy_world(index, SIZE, split)[0]) for index, _ in scenes]
-    return torch.stack(pixels).permute(0, 3, 1, 2).float() / 255
+    return images_to(torch.device("cpu"), torch.stack(pixels))
 
 
 @torch.inference_mode()

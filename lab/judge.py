@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.loader import derive
+from data.loader import derive, images_to
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
 from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
@@ -145,7 +145,7 @@ def judge_dvae(dvae) -> tuple[float, int]:
         scene = toy_scene(index, "val")
         clean.append(torch.from_numpy(render(scene, SIZE)))
         noisy.append(torch.from_numpy(toy_world(index, SIZE, "val")[0]))
-    noisy, clean = (torch.stack(x).permute(0, 3, 1, 2).float() / 255 for x in (noisy, clean))
+    noisy, clean = (images_to(torch.device("cpu"), torch.stack(x)) for x in (noisy, clean))
     tokens = dvae.encode(noisy)
     mse = (dvae.decode(tokens) - clean).square().mean((1, 2, 3))
     return (-10 * torch.log10(mse)).mean().item(), len(tokens.unique())

@@ -116,7 +116,10 @@ def memory_of(
     stored: int = 32,
     again: bool = False,
 ) -> dict[str, float]:
-    """The bytes on each GPU, by what they hold; the arguments are those of `table`."""
+    """The bytes on each GPU, by what they hold. `shards` GPUs share the parameters (1: each holds
+    all of them), `again`: activations are computed again. `moments`: the bits of Adam's moments and
+    PowerSGD's buffers; `stored`: 16 as in the paper, which keeps nearly all in 16 bits, gradients
+    in the error buffers (E.2) and the averaged parameters on the CPU (B.2)."""
     n = sum(p.numel() for p in model.parameters())
     blocks = getattr(model, "blocks", [model])
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -140,6 +143,7 @@ def memory_of(
 def table(
     model: nn.Module,
     cost: Cost,
+    memory: dict[str, float],
     *,
     gpus: int,
     shards: int,
@@ -148,29 +152,11 @@ def table(
     steps: int,
     tokens: int,
     images: int,
-    bits: int,
     gpu_memory: float,
-    powersgd_rank: int | None = None,
-    moments: int = 32,
-    stored: int = 32,
-    again: bool = False,
 ) -> str:
-    """The plan in lines. `shards` GPUs share the parameters (1: each holds all of them), `tokens`
-    are those of a sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB,
-    `again`: activations are computed again. `moments`: the bits of Adam's moments and PowerSGD's
-    buffers; `stored`: 16 as in the paper, which keeps nearly all in 16 bits, gradients in the error
-    buffers (E.2) and the averaged parameters on the CPU (B.2)."""
+    """The plan in lines. `memory` is that of each GPU by `memory_of`, `tokens` are those of a
+    sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB."""
     n = sum(p.numel() for p in model.parameters())
-    memory = memory_of(
-        model,
-        cost,
-        shards=shards,
-        bits=bits,
-        powersgd_rank=powersgd_rank,
-        moments=moments,
-        stored=stored,
-        again=again,
-    )
     total = sum(memory.values()) / GB
     accumulate = batch_size // (micro_batch * gpus)
     per_step = cost.flops * accumulate * gpus
@@ -229,10 +215,21 @@ def main() -> None:
         config = choose(TransformerConfig, preset | sizes, args)
         model, cost = prior_cost(config, micro_batch, args.checkpoint_activations)
         tokens, moments = config.text_len + config.grid**2, args.moments
+    memory = memory_of(
+        model,
+        cost,
+        shards=shards,
+        bits=32 if args.dtype == "fp32" else 16,
+        powersgd_rank=args.powersgd_rank,
+        moments=moments,
+        stored=args.bits_stored,
+        again=args.checkpoint_activations,
+    )
     print(
         table(
             model,
             cost,
+            memory,
             gpus=args.gpus,
             shards=shards,
             batch_size=hp.batch_size,
@@ -240,12 +237,7 @@ def main() -> None:
             steps=hp.steps,
             tokens=tokens,
             images=len(open_dataset(args.data or "toy", size, None, args.stage == "prior")[0]),
-            bits=32 if args.dtype == "fp32" else 16,
             gpu_memory=args.gpu_memory,
-            powersgd_rank=args.powersgd_rank,
-            moments=moments,
-            stored=args.bits_stored,
-            again=args.checkpoint_activations,
         )
     )
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from data.files import read_image
 from engine.cli import Parser, start
-from sample import SHIPPED, draw
+from sample import SHIPPED, best, draw
 
 PAGE = Path(__file__).with_name("play.html")
 MOST_BYTES = 2**22  # of a request
@@ -149,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
                 images = draw(**options, batch_size=options["candidates"], watch=watch)
         except ValueError as error:
             return self.send({"error": str(error)})
-        for place, x in enumerate(sorted(images, key=lambda x: -(x.info["score"] or 0)), 1):
+        for place, x in enumerate(best(images, len(images)), 1):
             about = {"image": encoded(x)} | {k: x.info[k] for k in ("candidate", "score")}
             pictures.append(about | {"command": command(wanted, place if about["score"] else None)})
         self.send({"rows": rows, "notes": [str(n.message) for n in notes], "pictures": pictures})
