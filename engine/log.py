@@ -48,6 +48,7 @@ class Log:
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
         self.start, self.settings = start, settings
         self.is_main = world.is_main
+        self.shipped = shipped_values(stage, settings["settings"]) if settings else {}
         if self.is_main and self.path.exists():
             with going_on(self.path):
                 lines = self.path.read_bytes().splitlines(keepends=True)
@@ -74,6 +75,34 @@ class Log:
                 if file.write(line) < len(line):
                     file.truncate(size)  # half a line would spoil the next one
                     raise OSError("no room is left")
+
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+MAIN_SCORES = {"dvae": ("val_psnr", "codes"), "prior": ("val_image_loss",), "clip": ("val_loss",)}
+
+
+def shipped_values(stage: str, settings: dict) -> dict[int, dict]:
+    """What the shipped run of the preset logged of a stage at each step; {} where none is there, or
+    it had another number of steps, or data of another name."""
+    path, values = PRETRAINED / settings["preset"] / "log.jsonl", {}
+    try:
+        for entry in map(json.loads, path.read_text("utf-8").splitlines()):
+            if entry["stage"] == stage:
+                values.setdefault(entry["step"], {}).update(entry)
+        theirs = values[0]["settings"]
+        same = all(theirs[name] == settings[name] for name in ("preset", "steps"))
+        same = same and Path(theirs["data"]).name == Path(settings["data"]).name
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that somebody is rewriting
+        return {}
+    return values if same else {}
+
+
+def beside_shipped(stage: str, step: int, scores: dict, shipped: dict[int, dict]) -> str:
+    """A line with the main scores of a look and the shipped run's at the same step, or ""."""
+    names = [name for name in MAIN_SCORES[stage] if name in shipped.get(step, {})]
+    ours = ", ".join(f"{name} {scores[name]:.4g}" for name in names)
+    theirs = ", ".join(f"{shipped[step][name]:.4g}" for name in names)
+    return f"step {step}: {ours}; the shipped run had {theirs}" if names else ""
 
 
 # ---- the bar -------------------------------------------------------------------------------------

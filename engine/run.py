@@ -40,7 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data.loader import Samples, derive, held_out, images_to, micro_batches
 from engine import checkpoint, state
 from engine.cli import Stop, check_batches, newest_run, pick_device
-from engine.log import Bar, Log, draw_curves, going_on
+from engine.log import Bar, Log, beside_shipped, draw_curves, going_on
 from scale.gradient_scales import GradientScales
 from scale.parallel import (
     Loss,
@@ -409,13 +409,15 @@ class Run:
         state.save_state(self.path, about, tensors, sharded=self.mesh is not None)
 
     def report(self, scores: dict[str, float]) -> None:
-        """Log and show what was measured, and draw the curves."""
+        """Log and show what was measured, beside what the shipped run had, and draw the curves."""
         if self.mesh and self.ema:
             self.ema.module.reshard()  # the root stays gathered after a forward pass
         self.log.write(self.step + 1, **scores)
         self.bar.show(**scores)
         self.scores = scores
         if self.world.is_main:
+            if line := beside_shipped(self.stage, self.step + 1, scores, self.log.shipped):
+                self.bar.bar.write(line)
             with going_on(self.dir / "curves.png"):
                 draw_curves([self.dir], self.dir / "curves.png")
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import engine.log
 import train_dvae
 import train_prior
 from data.loader import Samples, micro_batches
 from engine import checkpoint
 from engine.cli import check_batches, choose
-from engine.log import Log
+from engine.log import Log, beside_shipped
 from scale.parallel import World
 from train_dvae import cosine
 
@@ -205,3 +206,31 @@ def test_log_drops_what_is_run_again(tmp_path):
         ("prior", 5),
         ("dvae", 25),
     ]
+
+
+def test_a_look_stands_beside_the_shipped_runs(tmp_path, monkeypatch):
+    """Only where preset, steps and data agree, up to the data's folder."""
+    settings = {"preset": "tiny", "steps": 20, "data": "there/emoji.tsv", "lr": 1}
+    entries = [
+        {"stage": "dvae", "step": 0, "settings": settings},
+        {"stage": "dvae", "step": 10, "loss": 1.5},
+        {"stage": "dvae", "step": 10, "val_psnr": 24.04, "codes": 200},
+        {"stage": "prior", "step": 10, "val_image_loss": 2.0},
+    ]
+    monkeypatch.setattr(engine.log, "PRETRAINED", tmp_path)
+    (tmp_path / "tiny").mkdir()
+    shipped = tmp_path / "tiny" / "log.jsonl"
+    scores = {"val_psnr": 23.5, "codes": 31, "elb": 1.0}
+
+    def line(step=10, stage="dvae", **changed):
+        log = Log(tmp_path, stage, 0, ALONE, {"settings": settings | changed})
+        return beside_shipped(stage, step, scores, log.shipped)
+
+    assert line() == ""
+    shipped.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert line() == "step 10: val_psnr 23.5, codes 31; the shipped run had 24.04, 200"
+    assert line(data="here/emoji.tsv", lr=2) == line()
+    assert not line(step=20) and not line(stage="prior") and not line(stage="clip")
+    assert not line(steps=30) and not line(data="here/photos.tsv") and not line(preset="small")
+    shipped.write_text('{"stage": "dv')
+    assert line() == ""
