@@ -1,13 +1,14 @@
 """Byte-level BPE for captions (2.2, B.2): Sennrich et al. 2015, with Provilkov et al.'s dropout.
 
-A caption is lowercased, cut into words, and each word's UTF-8 bytes are merged pair by pair into
-larger pieces. Ids 0..255 are the bytes, 256 + k is the piece made by the k-th merge, so any text
-can be encoded and there is no unknown token. While the prior trains, a tenth of the merges is
-dropped at random (Provilkov et al. 2019), so that it sees each word in many spellings:
+A caption is lowercased and cut into words, digits, signs and spaces; the UTF-8 bytes of a word are
+merged pair by pair into larger pieces, all else stays bytes. Ids 0..255 are the bytes, 256 + k is
+the piece made by the k-th merge, so any text can be encoded and there is no unknown token. While
+the prior trains, a tenth of the merges is dropped at random (Provilkov et al. 2019), so that it
+sees each word in many spellings:
 
 >>> bpe = BPE.train(["a red cube", "a red cone"], vocab_size=264)
 >>> [bpe.pieces[i] for i in bpe.encode("A red CUBE")]
-[b'a', b' red', b' c', b'u', b'b', b'e']
+[b'a', b' ', b'red', b' ', b'c', b'u', b'b', b'e']
 
 Left out: special tokens (start-of-text and the pads belong to the prior), texts kept in upper case,
 and vocabularies of other tokenizers.
@@ -23,20 +24,19 @@ from pathlib import Path
 
 import regex
 
-# GPT-2's pattern: letters, digits or other marks, each with the space before them; English endings
-# ('s, 're); white space. Every character falls into one of these, and no merge crosses a cut. Our
-# reading: a run is cut after 64 characters, so that a text takes linear time, whatever it is.
-WORDS = regex.compile(
-    r" ?\p{L}{1,64}| ?\p{N}{1,64}|'(?:[sdmt]|ll|ve|re)"
-    r"| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
-)
-LONGEST_WORD = 1 + 4 * 64  # in bytes: a space and 64 characters
+# Runs of a to z; runs of other letters and the marks on them; any other character alone. The first
+# author: the text is split on anything except a to z, and what is no letter never merges. Our
+# reading: other letters merge as well, or each would take two to four tokens of a caption's 255;
+# a run is cut after 64 characters, so that a text takes linear time, whatever it is.
+WORDS = regex.compile(r"[a-z]{1,64}|[[\p{L}\p{M}]--[a-z]]{1,64}|.", regex.DOTALL | regex.VERSION1)
+LETTER = regex.compile(r"[\p{L}\p{M}]")  # at the start of what merges
+LONGEST_WORD = 4 * 64  # in bytes
 CACHED_WORDS = 2**16
-FORMAT = "byte-level BPE 1"
+FORMAT = "byte-level BPE 2"
 
 
 def words(text: str) -> list[str]:
-    """Lowercase and cut: "A red cube!" -> ["a", " red", " cube", "!"]; no character is lost."""
+    """Lowercase and cut: "A red cube!" -> ["a", " ", "red", " ", "cube", "!"]; nothing is lost."""
     if not isinstance(text, str):
         raise ValueError(f"expected a text, a str; got {type(text).__name__}")
     return WORDS.findall(text.lower())
@@ -91,7 +91,7 @@ class BPE:
             raise ValueError(f"vocab_size is {vocab_size}; the bytes alone take 256")
         if isinstance(texts, str):
             raise ValueError("texts is one str; expected an iterable of them, such as [text]")
-        counts = Counter(word for text in texts for word in words(text))
+        counts = Counter(word for text in texts for word in words(text) if LETTER.match(word))
         corpus = [(list(to_bytes(word)), n) for word, n in counts.items()]
 
         occurrences, where = Counter(), defaultdict(set)  # pair -> how often, in which words
@@ -163,6 +163,8 @@ class BPE:
         survives. Read so, the exact probability of every spelling can be enumerated.
         """
         ids, new_id, coin = list(to_bytes(word)), self.new_id, rng.random
+        if not LETTER.match(word):  # a digit, a sign, a space: its bytes stay apart
+            return ids
         while True:
             survivors = [
                 (new_id[pair], i)
@@ -199,7 +201,7 @@ class BPE:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.get("format") != FORMAT:
-                raise ValueError(f'no JSON object with "format": "{FORMAT}"')
+                raise ValueError(f'its format is not "{FORMAT}" (1 cut words otherwise)')
             bpe = cls((left, right) for left, right, _ in data["merges"])
             if data["merges"] != bpe._rows():
                 raise ValueError("a merge does not make the text beside it")

@@ -31,11 +31,15 @@ class DVAEConfig:
     n_groups: int = 4  # groups of resblocks; between two of them both sides are halved (A.1)
     blocks_per_group: int = 2  # resblocks in a group (A.1)
     vocab_size: int = 8192  # K: the codes that a token can be (2.1)
+    input_gain: int = 1  # both first convolutions start this much larger; not the paper's
+    min_ln_b: float = -math.inf  # ln b is no less, lest flat areas drown the rest; not the paper's
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
+            if name != "min_ln_b" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not self.min_ln_b < math.inf:
+            raise ValueError(f"min_ln_b must be a number or -inf, got {self.min_ln_b!r}")
         if self.n_hid % 4:
             raise ValueError(f"n_hid must be a multiple of 4, got {self.n_hid}")
 
@@ -199,7 +203,22 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.input_gain > 1:
+            self.even_out()
         self.to(memory_format=torch.channels_last)  # faster convolutions
+
+    @torch.no_grad()
+    def even_out(self) -> None:
+        """Give what both first convolutions make at the start a mean near 0 and a larger variance.
+
+        Our reading, in the presets but `paper`: phi(x) is about ½ everywhere, and one code of K
+        alone is 1, so that with the usual start all pixels, and all codes, look almost the same
+        to what follows, and short runs are spent on telling them apart.
+        """
+        pixels, codes = self.encoder.blocks.input, self.decoder.blocks.input
+        for conv in (pixels, codes):
+            conv.w.mul_(self.config.input_gain)
+        pixels.b.copy_(-pixels.w.sum((1, 2, 3)) / 2)
 
     def encode(self, images: Tensor, sample: bool = False) -> Tensor:
         """Tokens: the argmax of the logits, without noise (2.2), or a sample of q (footnote 6)."""
@@ -237,7 +256,7 @@ class DVAE(nn.Module):
         else:  # relaxed in forward and backward alike
             z = F.softmax(noisy / tau, dim=1)
         mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
-        recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
+        recon = -logit_laplace_log_prob(x, mu, ln_b.clamp(min=self.config.min_ln_b)).mean()
         ln_q = F.log_softmax(logits, dim=1)  # not divided by tau
         # KL(q ‖ uniform) = Σ q (ln q + ln K) at each grid position: [B, h, w]
         kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)
@@ -267,5 +286,6 @@ class DVAE(nn.Module):
     def distortion(self, images: Tensor) -> Tensor:
         """-ln p(x | z) for images and their own tokens, in nats for each 8-bit value, a scalar."""
         mu, ln_b = self.decoder(self.one_hot(self.encode(images))).chunk(2, dim=1)
+        ln_b = ln_b.clamp(min=self.config.min_ln_b)
         nats = -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
         return nats + math.log(255 / (1 - 2 * EPS))  # phi makes a step of 1 / 255 smaller

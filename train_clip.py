@@ -49,7 +49,10 @@ class CLIPTraining:
 
 PRESETS = {
     "tiny": dict(image_size=32, patch=4, d_image=64, d_text=64, n_layer=2, d_head=32, d_embed=64,
-                 text_len=24, batch_size=128, steps=1200, lr=2e-3, warmup_steps=60),
+                 text_len=40, batch_size=64, steps=800, lr=1e-3, warmup_steps=40,
+                 eval_every=400),
+    "emoji": dict(image_size=32, patch=4, d_image=96, d_text=96, n_layer=3, d_head=32, d_embed=96,
+                  text_len=40, batch_size=64, steps=1500, lr=1e-3, warmup_steps=80),
     "small": dict(image_size=64, patch=8, d_image=256, d_text=256, n_layer=6, d_embed=256,
                   text_len=64, batch_size=512, steps=20_000, lr=1e-3, warmup_steps=500),
     "base": dict(batch_size=4096, steps=100_000),

@@ -24,6 +24,7 @@ from data.sheets import sheet, to_images
 from dvae import DVAE, DVAEConfig
 from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
+from scale import fast
 
 
 @dataclass
@@ -49,7 +50,7 @@ class DVAETraining:
     weight_decay: float = 1e-4  # AdamW's (A.2)
     ema: float = 0.999  # decay of the averaged weights, at every update (A.2)
     kl_weight: float = 6.6  # β, to which the KL term's weight grows from 0 (A.2)
-    kl_steps: int = 5000  # updates in which it grows (A.2)
+    kl_steps: int = 5000  # updates in which it grows; 0: as large from the start (A.2)
     tau_start: float = 1.0  # τ of the relaxation at the start (A.2)
     tau_end: float = 1 / 16  # τ at the end, where relaxed and true bound meet (2.1, A.2)
     tau_steps: int = 150_000  # updates from one τ to the other (A.2)
@@ -64,13 +65,18 @@ class DVAETraining:
 
 PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
-                 image_size=32, batch_size=16, steps=12_500, lr=4e-3, lr_end=5e-5, lr_steps=12_500,
-                 warmup_steps=200, ema=0.998, kl_weight=0.8, kl_steps=1250, tau_steps=9400),
+                 input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=20_000, lr=4e-3,
+                 lr_end=5e-5, lr_steps=20_000, warmup_steps=200, kl_weight=1.5, kl_steps=0,
+                 tau_steps=15_000, eval_every=1000),
+    "emoji": dict(n_hid=48, n_init=96, n_groups=3, blocks_per_group=1, vocab_size=512,
+                  input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=16_000, lr=3e-3,
+                  lr_end=4e-5, lr_steps=16_000, warmup_steps=200, ema=0.998, kl_weight=1.5,
+                  kl_steps=0, tau_steps=12_000, eval_every=2000),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
-                  image_size=64, batch_size=128, steps=30_000, lr=1e-3, lr_end=2e-5,
-                  lr_steps=30_000, warmup_steps=200, kl_weight=2.0, kl_steps=2000,
-                  tau_steps=20_000),
-    "base": dict(n_hid=128, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
+                  input_gain=8, min_ln_b=-1.0, image_size=64, batch_size=128, steps=30_000,
+                  lr=1e-3, lr_end=2e-5, lr_steps=30_000, warmup_steps=200, kl_weight=2.0,
+                  kl_steps=0, tau_steps=20_000),
+    "base": dict(n_hid=128, min_ln_b=-1.0, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
                  lr_steps=500_000, tau_steps=50_000),
     "paper": dict(),
 }  # fmt: skip
@@ -129,6 +135,7 @@ def main() -> None:
         (val_images,) = run.held_out(val, prepare_image, 512)
 
         model = run.begin(DVAE, config, hp)
+        fast.upsample_late(model.decoder)
         ema = run.average(model, hp.ema)
         adamw = AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
@@ -151,7 +158,14 @@ def main() -> None:
 
             if run.due():
                 run.save()
-                run.report(evaluate(ema.module, val_images, run.micro_batch, tau))
+                scores = evaluate(ema.module, val_images, run.micro_batch, tau)
+                run.report(scores)
+                is_early = step + 1 - hp.eval_every < hp.steps / 10 <= step + 1
+                if is_early and scores["codes"] < config.vocab_size / 4:
+                    run.say(
+                        f"warning: only {scores['codes']} of {config.vocab_size} codes are in use; "
+                        "they seldom come back: try a larger --kl-weight, or a smaller --lr"
+                    )
                 run.picture("dvae.png", reconstructions(ema.module, val_images[:16]))
     run.say(
         f"{run.dir}/dvae.pt: {run.scores['val_psnr']:.1f} dB on held-out images, "

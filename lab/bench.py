@@ -226,10 +226,12 @@ def corpus(megabytes: float, seed: int = 0) -> list[str]:
 
 
 def peer_tokenizer(captions: list[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    """Byte-level BPE by the `tokenizers` library."""
+    """Byte-level BPE by the `tokenizers` library; the made-up words are of a to z alone."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[a-z]+|."), "isolated")
+    to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, to_letters])
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False

@@ -22,7 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvae import Decoder
 from transformer import Attention, Transformer, attention_mask, check_draw, pad_text, sample_token
+
+# ---- training: the dVAE's decoder ----------------------------------------------------------------
+
+
+def upsample_late(decoder: Decoder) -> None:
+    """Let a decoder upsample behind the 1 × 1 convolutions that follow: nearest-neighbour
+    upsampling commutes with them and with the ReLU, and so they have a quarter of the pixels."""
+    groups = [g for name, g in decoder.blocks.named_children() if name.startswith("group")]
+    for before, after in zip(groups, groups[1:]):
+        upsample, before.resample, block = before.resample, nn.Identity(), after.block_1
+        for conv in (block.id_path, block.res_path.conv_1):
+            conv.register_forward_hook(lambda _, __, y, upsample=upsample: upsample(y))
+
 
 # ---- training: attention in blocks ---------------------------------------------------------------
 

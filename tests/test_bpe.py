@@ -8,8 +8,10 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from unicodedata import category
 
 import pytest
+import regex
 
 import bpe as bpe_module
 from bpe import BPE, words
@@ -26,6 +28,28 @@ def random_text(rng: random.Random) -> str:
     ranges = [(32, 126), (97, 100), (0, 32), (0x80, 0x2FF), (0x370, 0x5FF), (0x2000, 0x206F)]
     ranges += [(0x4E00, 0x9FFF), (0xD800, 0xDFFF), (0x1F300, 0x1FAFF), (0, 0x10FFFF)]
     return "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+
+
+def random_letters(rng: random.Random) -> str:
+    """Texts of characters that Python's table of characters and regex's both know."""
+    return regex.sub(r"\p{Cn}", "", "".join(c for c in random_text(rng) if category(c) != "Cn"))
+
+
+def is_letter(c: str) -> bool:
+    return category(c)[0] in "LM"  # letters, and marks such as accents written apart
+
+
+def words_naively(text: str) -> list[str]:
+    """One character at a time: does it go on with the run before it?"""
+    result, kind_before = [], None
+    for c in text.lower():
+        kind = "a to z" if "a" <= c <= "z" else "other letters" if is_letter(c) else None
+        if kind and kind == kind_before and len(result[-1]) < 64:
+            result[-1] += c
+        else:
+            result.append(c)
+        kind_before = kind
+    return result
 
 
 def random_merges(rng: random.Random, n: int) -> list[tuple[int, int]]:
@@ -70,8 +94,8 @@ def merge_all_at_once(ids, pair, new):
 
 
 def train_naively(texts, vocab_size):
-    corpus = [list(w.encode("utf-8", "replace")) for text in texts for w in words(text)]
-    merges = []
+    found = [word for text in texts for word in words_naively(text) if is_letter(word[0])]
+    corpus, merges = [list(word.encode()) for word in found], []
     while 256 + len(merges) < vocab_size:
         counts = Counter(pair for ids in corpus for pair in zip(ids, ids[1:]))
         if not counts or max(counts.values()) < 2:
@@ -117,11 +141,28 @@ def test_worked_example():
 
 
 def test_words():
-    text = "A red  cube's 12 sides,\n\t...it isn't 3d!  "
-    cut = ["a", " red", " ", " cube", "'s", " 12", " sides", ",", "\n", "\t", "...", "it", " isn"]
-    assert words(text) == [*cut, "'t", " 3", "d", "!", "  "]
-    for run in ("é" * 130, "1" * 130, "!" * 130, " " * 130):
+    assert words("a red cube 12") == ["a", " ", "red", " ", "cube", " ", "1", "2"]
+    assert words("It's  3D_x,\n😀😀") == ["it", *"'s  3d_x,\n😀😀"]
+    assert words("Grün") == ["gr", "ü", "n"]
+    assert words("МИР नमस्ते 立方体") == ["мир", " ", "नमस्ते", " ", "立方体"]
+    assert words("cafe\u0301") == ["cafe", "\u0301"]  # an accent written apart
+    for run in ("a" * 130, "é" * 130):
         assert [len(word) for word in words(run)] == [64, 64, 2]
+    rng = random.Random(9)
+    for text in CAPTIONS + [random_letters(rng) for _ in range(2000)]:
+        assert words(text) == words_naively(text)
+
+
+def test_spaces_digits_and_signs_never_merge():
+    trained = BPE.train(["a red cube 12 1212  😀😀…… "] * 9, 1000)
+    assert sorted(trained.pieces[256:]) == [b"be", b"cu", b"cube", b"ed", b"red"]
+    pieces = [trained.pieces[i].decode() for i in trained.encode("a red cube 12")]
+    assert pieces == ["a", " ", "red", " ", "cube", " ", "1", "2"]
+    text = "a 12 1212  a😀😀……a "
+    data = text.encode()
+    every_pair = BPE(dict.fromkeys(zip(data, data[1:])))  # merges that no training would give
+    for dropout in (0, 0.1):
+        assert every_pair.encode(text, dropout) == list(data)
 
 
 def test_words_cover_any_text_and_round_trip(trained):
@@ -137,7 +178,7 @@ def test_words_cover_any_text_and_round_trip(trained):
 def test_training_equals_recounting_everything():
     rng = random.Random(1)
     corpora = [["".join(rng.choices("aab ", k=30)) for _ in range(6)] for _ in range(40)]
-    corpora += [["a" * n for n in range(1, 20)], CAPTIONS, [random_text(rng) for _ in range(60)]]
+    corpora += [["a" * n for n in range(1, 20)], CAPTIONS, [random_letters(rng) for _ in range(60)]]
     for texts in corpora:
         for vocab_size in (256, 260, 330):
             bpe = BPE.train(iter(texts), vocab_size)
@@ -232,7 +273,7 @@ def test_save_and_load(trained, tmp_path):
     assert BPE.load(path).vocab_size == 256
 
 
-GOOD = {"format": "byte-level BPE 1", "merges": [[97, 97, "aa"], [256, 98, "aab"]]}
+GOOD = {"format": "byte-level BPE 2", "merges": [[97, 97, "aa"], [256, 98, "aab"]]}
 BAD_ROWS = {
     "not yet defined": [[97, 256, ""]],
     "negative": [[-1, 97, ""]],
@@ -253,7 +294,8 @@ BAD_FILES = {
     "deep": b"[" * 200_000,
     "list": b"[]",
     "no format": json.dumps({"merges": []}).encode(),
-    "other format": json.dumps({**GOOD, "format": "BPE 2"}).encode(),
+    "other format": json.dumps({**GOOD, "format": "BPE 3"}).encode(),
+    "words cut otherwise": json.dumps({**GOOD, "format": "byte-level BPE 1"}).encode(),
     "cut off": json.dumps(GOOD).encode()[:-3],
 } | {name: json.dumps({**GOOD, "merges": rows}).encode() for name, rows in BAD_ROWS.items()}
 
@@ -297,7 +339,10 @@ def test_agrees_with_tokenizers(trained):
     merges = [(names[left], names[right]) for left, right in trained.merges]
     vocab = {name: i for i, name in enumerate(names)}
     peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
-    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pattern = tokenizers.Regex(r"[a-z]+|[\p{L}\p{M}&&[^a-z]]+|(?m:.)")
+    cut = tokenizers.pre_tokenizers.Split(pattern, "isolated")
+    to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, to_letters])
     rng = random.Random(8)
     alphabet = sorted(set("".join(CAPTIONS).lower())) + list("''  \n\t")
     texts = ["".join(rng.choices(alphabet, k=40)) for _ in range(500)]
@@ -308,4 +353,4 @@ def test_agrees_with_tokenizers(trained):
 def test_demo():
     command = [sys.executable, bpe_module.__file__]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60)
-    assert done.returncode == 0 and "a| red| cube| to" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "a| |red| |cube| |to" in done.stdout and done.stderr == ""

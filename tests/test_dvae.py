@@ -1,5 +1,7 @@
 """The dVAE against numerical integration, torch.distributions and the paper's own numbers."""
 
+import copy
+import dataclasses
 import math
 import random
 
@@ -17,6 +19,7 @@ from dvae import (
     unmap_pixels,
 )
 from engine.checkpoint import load_model
+from scale import fast
 
 TINY = DVAEConfig(n_hid=8, n_init=6, n_groups=3, blocks_per_group=1, vocab_size=16)
 
@@ -79,6 +82,49 @@ def test_the_released_model():
     conv = tiny(DVAEConfig(n_hid=64, n_groups=3, vocab_size=64)).encoder.blocks.input
     assert conv.w.std().item() == pytest.approx(1 / math.sqrt(3 * 49), rel=0.05)
     assert not conv.b.any()
+
+
+def test_upsampling_late_is_the_same_decoder():
+    """Outputs, gradients and parameter names; also of a copy."""
+    model = tiny(DVAEConfig(n_hid=8, n_init=6, n_groups=4, blocks_per_group=2, vocab_size=16))
+    late = copy.deepcopy(model.double())
+    fast.upsample_late(late.decoder)
+    found = []
+    for one in (model, late, copy.deepcopy(late)):
+        torch.manual_seed(1)
+        loss, _ = one.loss(torch.rand(2, 3, 16, 24, dtype=torch.double), 0.5, 1.0)
+        loss.backward()
+        found.append([loss, *(p.grad for p in one.parameters())])
+        assert list(one.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+def test_an_input_gain_makes_pixels_and_codes_differ():
+    """Pixels around ½ come in around 0, and both first convolutions are as many times larger."""
+    plain, even = tiny(), tiny(dataclasses.replace(TINY, input_gain=8))
+    for half in ("encoder", "decoder"):
+        first, larger = (getattr(m, half).blocks.input for m in (plain, even))
+        torch.testing.assert_close(larger.w, 8 * first.w)
+    grey = torch.full((1, 3, 15, 15), 0.5)
+    assert even.encoder.blocks.input(grey)[..., 7, 7].abs().max() < 1e-5
+    assert not even.decoder.blocks.input.b.any()
+
+
+def test_ln_b_has_a_floor():
+    """In the bound as in the distortion the density is that of the floor where ln b is below it."""
+    free, floored = tiny(), tiny(dataclasses.replace(TINY, min_ln_b=-1.0))
+    images = torch.rand(2, 3, 8, 8)
+    for model in (free, floored):
+        model.decoder.blocks.output.conv.b.data[3:] = -1.0 if model is free else -3.0
+        model.decoder.blocks.output.conv.w.data[3:] = 0
+    for measure in (lambda m: m.elb(images, 0.5), lambda m: m.distortion(images)):
+        torch.manual_seed(0)
+        expected = measure(free)
+        torch.manual_seed(0)
+        torch.testing.assert_close(measure(floored), expected)
+    with pytest.raises(ValueError, match="min_ln_b"):
+        DVAEConfig(min_ln_b=math.nan)
 
 
 def test_shapes_of_any_model():

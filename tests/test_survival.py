@@ -537,7 +537,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=8,
 )
-merges = st.builds(lambda rows: {"format": "byte-level BPE 1", "merges": rows}, rows | anything)
+merges = st.builds(lambda rows: {"format": "byte-level BPE 2", "merges": rows}, rows | anything)
 
 
 @given(merges | anything)
