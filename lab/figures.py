@@ -51,8 +51,9 @@ def print_layers(half: nn.Module, x: Tensor) -> None:
     print(f"{'':<50}{total:>12,}\n")
 
 
-def draw_logit_laplace(path: Path) -> None:
-    """The density of Eq. 2 for a few mu and b; dotted, where phi of Eq. 3 puts black and white."""
+def draw_logit_laplace():
+    """The density of Eq. 2 for a few mu and b; dotted, where phi of Eq. 3 puts black and white. A
+    matplotlib Figure; ValueError where matplotlib is not there."""
     figure, (axis,) = subplots(1, width=8)
     x = torch.linspace(1e-3, 1 - 1e-3, 1000)
     for mu, b in ((0.0, 1.0), (0.0, 0.5), (-1.2, 0.6), (1.2, 2.0)):
@@ -63,7 +64,7 @@ def draw_logit_laplace(path: Path) -> None:
     axis.set(xlabel="$x$", ylabel=r"$f(x \mid \mu, b)$", xlim=(0, 1), ylim=(0, 5))
     axis.set_title("logit-Laplace (Eq. 2); dotted: black and white (Eq. 3)")
     axis.legend()
-    save(figure, path)
+    return figure
 
 
 @torch.inference_mode()
@@ -194,7 +195,7 @@ def main() -> None:
         return
     check_output(args.out, ".png")
     if args.figure == "logit-laplace":
-        draw_logit_laplace(args.out)
+        save(draw_logit_laplace(), args.out)
     if args.figure == "photo":
         model = load_model(args.run_dir / "dvae.pt", DVAE, DVAEConfig)
         draw_beside_reconstruction(args.photo, model, args.out)
