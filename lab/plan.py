@@ -175,9 +175,12 @@ def table(
         f"{total:>10.2f}  in all, of {gpu_memory:g}",
     ]  # fmt: skip
     if total > 0.9 * gpu_memory:
+        remedies = (
+            "--checkpoint-activations, --shard" if hasattr(model, "blocks") else "--dtype bf16"
+        )
         lines.append(
             "this does not fit (a tenth is left to kernels and fragments): try a smaller "
-            "--micro-batch, --checkpoint-activations, --shard, or more GPUs"
+            f"--micro-batch, {remedies}, or more GPUs"
         )
     else:
         lines.append("this fits")
