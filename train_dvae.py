@@ -161,7 +161,8 @@ def main() -> None:
                 scores = evaluate(ema.module, val_images, run.micro_batch, tau)
                 run.report(scores)
                 is_early = step + 1 - hp.eval_every < hp.steps / 10 <= step + 1
-                if is_early and scores["codes"] < config.vocab_size / 4:
+                tokens = val_images[:, 0].numel() // config.factor**2  # a few pictures say little
+                if is_early and scores["codes"] < config.vocab_size / 4 < tokens / 16:
                     run.say(
                         f"warning: only {scores['codes']} of {config.vocab_size} codes are in use; "
                         "they seldom come back: try a larger --kl-weight, or a smaller --lr"
