@@ -34,7 +34,7 @@ def tiny_run(tmp_path_factory):
     """A miniature of the tiny preset: both stages, some hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
     short = ["--run-dir", run_dir, "--ema", 0.95, "--eval-every", 350]
-    run("train_dvae.py", "--tiny", "--steps", 1000, *short)
+    run("train_dvae.py", "--tiny", "--steps", 1000, "--log-every", 10, *short)
     run("train_prior.py", "--steps", 240, "--batch-size", 16, *short)
     return run_dir
 
@@ -47,7 +47,7 @@ def test_the_dvae_learns(tiny_run):
     assert last(tiny_run, "dvae", "val_psnr") > baseline + 2
     assert last(tiny_run, "dvae", "codes") > 25
     losses = [entry["loss"] for entry in log_of(tiny_run, "dvae") if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_the_prior_learns(tiny_run):
