@@ -216,8 +216,8 @@ class DVAE(nn.Module):
         to what follows, and short runs are spent on telling them apart.
         """
         pixels, codes = self.encoder.blocks.input, self.decoder.blocks.input
-        for conv in (pixels, codes):
-            conv.w.mul_(self.config.input_gain)
+        pixels.w *= self.config.input_gain
+        codes.w *= self.config.input_gain
         pixels.b.copy_(-pixels.w.sum((1, 2, 3)) / 2)
 
     def encode(self, images: Tensor, sample: bool = False) -> Tensor:
@@ -241,6 +241,12 @@ class DVAE(nn.Module):
         z = self.decoder.blocks.input.w.new_zeros(b, self.config.vocab_size, h, w)
         return z.scatter_(1, tokens[:, None], 1.0)
 
+    def distribution(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and ln b of Eq. 2, each [B, 3, H, W], of one-hot or relaxed codes [B, vocab_size, h,
+        w]; ln b is at least config.min_ln_b."""
+        mu, ln_b = self.decoder(z).to(z.dtype).chunk(2, dim=1)
+        return mu, ln_b.clamp(min=self.config.min_ln_b)
+
     def terms(self, images: Tensor, tau: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """The two terms of the bound (Eq. 1), scalars in nats per pixel value, and mu [B, 3, H, W].
 
@@ -255,8 +261,8 @@ class DVAE(nn.Module):
             z = self.one_hot(noisy.argmax(1))
         else:  # relaxed in forward and backward alike
             z = F.softmax(noisy / tau, dim=1)
-        mu, ln_b = self.decoder(z).to(x.dtype).chunk(2, dim=1)
-        recon = -logit_laplace_log_prob(x, mu, ln_b.clamp(min=self.config.min_ln_b)).mean()
+        mu, ln_b = self.distribution(z)
+        recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
         ln_q = F.log_softmax(logits, dim=1)  # not divided by tau
         # KL(q ‖ uniform) = Σ q (ln q + ln K) at each grid position: [B, h, w]
         kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)
@@ -285,7 +291,6 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def distortion(self, images: Tensor) -> Tensor:
         """-ln p(x | z) for images and their own tokens, in nats for each 8-bit value, a scalar."""
-        mu, ln_b = self.decoder(self.one_hot(self.encode(images))).chunk(2, dim=1)
-        ln_b = ln_b.clamp(min=self.config.min_ln_b)
+        mu, ln_b = self.distribution(self.one_hot(self.encode(images)))
         nats = -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
         return nats + math.log(255 / (1 - 2 * EPS))  # phi makes a step of 1 / 255 smaller
