@@ -48,7 +48,8 @@ class Log:
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
         self.start, self.settings = start, settings
         self.is_main = world.is_main
-        self.shipped = shipped_values(stage, settings["settings"]) if settings else {}
+        seen = settings and self.is_main
+        self.shipped = shipped_values(stage, settings["settings"]) if seen else {}
         if self.is_main and self.path.exists():
             with going_on(self.path):
                 lines = self.path.read_bytes().splitlines(keepends=True)
