@@ -65,13 +65,13 @@ class DVAETraining:
 
 PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
-                 input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=20_000, lr=4e-3,
-                 lr_end=5e-5, lr_steps=20_000, warmup_steps=200, kl_weight=1.5, kl_steps=0,
-                 tau_steps=15_000, eval_every=1000),
+                 input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=17_000, lr=4e-3,
+                 lr_end=5e-5, lr_steps=17_000, warmup_steps=200, kl_weight=1.0, kl_steps=0,
+                 tau_steps=17_000, eval_every=1000),
     "emoji": dict(n_hid=48, n_init=96, n_groups=3, blocks_per_group=1, vocab_size=512,
                   input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=16_000, lr=3e-3,
                   lr_end=4e-5, lr_steps=16_000, warmup_steps=200, ema=0.998, kl_weight=1.5,
-                  kl_steps=0, tau_steps=12_000, eval_every=2000),
+                  kl_steps=0, tau_steps=16_000, eval_every=2000),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   input_gain=8, min_ln_b=-1.0, image_size=64, batch_size=128, steps=30_000,
                   lr=1e-3, lr_end=2e-5, lr_steps=30_000, warmup_steps=200, kl_weight=2.0,

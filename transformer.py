@@ -238,19 +238,22 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation: our reading, in place of Child et al.'s N(0, 0.125/√d_in) (B.1).
+        """N(0, 0.5/√d_in), embeddings N(0, 0.02), what is added to the identity path scaled down as
+        GPT-2 does: our reading, in place of Child et al.'s N(0, 0.125/√d_in) (B.1).
 
         A model built on `meta` needs it after `to_empty(device=…)`.
         """
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
+            elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.in_features))
+                if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
-            nn.init.normal_(block.out.weight, std=0.02 / math.sqrt(len(self.blocks)))
+            block.out.weight /= math.sqrt(len(self.blocks))
 
     def embed(self, text: Tensor, image: Tensor) -> Tensor:
         """The stream of Fig. 10, for text [B, T] and the first n tokens of an image: [B, T + n, d].

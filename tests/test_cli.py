@@ -66,7 +66,7 @@ def test_comments_become_help():
 def test_the_values_are_those_of_the_preset_that_is_named():
     papers, tiny = help_of(train_dvae), help_of(train_dvae, "--tiny")
     assert papers["--lr-steps"] == "updates of that half cosine (A.2); default 1_200_000"
-    assert tiny["--lr-steps"] == papers["--lr-steps"] + ", tiny 20_000"
+    assert tiny["--lr-steps"] == papers["--lr-steps"] + ", tiny 17_000"
     assert papers["--beta1"] == tiny["--beta1"]  # tiny says nothing of it
     assert help_of(train_prior, "--preset=small")["--n-layer"].endswith("default 64, small 12")
     assert int("1_200_000") == DVAETraining().lr_steps  # as shown it may be typed
