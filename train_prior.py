@@ -71,9 +71,8 @@ class PriorTraining:
 
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, d_head=32, text_len=40, text_vocab=512, kernel=5,
-                 batch_size=64, steps=1900, lr=3e-3, warmup_steps=100, plateau_steps=150,
-                 plateau_threshold=0.025, ema=0.97, ema_every=5, bpe_captions=20_000,
-                 eval_every=250),
+                 batch_size=64, steps=1900, lr=3e-3, warmup_steps=100, plateau_steps=150, ema=0.97,
+                 plateau_threshold=0.025, ema_every=5, bpe_captions=20_000, eval_every=250),
     "emoji": dict(n_layer=6, n_head=6, d_head=32, text_len=40, text_vocab=1024, kernel=5,
                   batch_size=32, steps=8000, lr=2e-3, warmup_steps=100, plateau_steps=500,
                   plateau_threshold=0.025, ema=0.98, ema_every=10, bpe_captions=20_000),

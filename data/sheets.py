@@ -31,7 +31,7 @@ def sheet(
     columns = min(columns, len(images))
     scale = -(-(256 if columns <= 4 else 128) // images[0].width)
     width, height = images[0].width * scale, images[0].height * scale
-    labels = [textwrap.wrap(text, width // 6)[:MOST_LINES] for text in captions or []]
+    labels = [textwrap.wrap(text, width // 7)[:MOST_LINES] for text in captions or []]
     below = LINE * max(map(len, labels), default=0)
     step, rows = height + below + GAP, -(-len(images) // columns)
 
