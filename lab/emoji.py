@@ -6,7 +6,8 @@ dVAE makes of the true pictures, all but those of every tenth concept, which say
 Is the concept right? That is the rank of the true picture among all pictures of its style, by the
 distance of their pixels at 16 × 16. Both for pairs of concept and style that training held, and for
 pairs of which it held neither picture nor caption (3.3). Is it memory? A sheet shows, beside what
-is drawn for unseen pairs, the true picture and the nearest one in training.
+is drawn for unseen pairs, the true picture and the nearest one in training: six that are right, by
+rank among the first five, then three that are not.
 
     python -m lab.emoji                                     # the newest run, the folder emoji
     python -m lab.emoji DIR --run-dir runs/emoji --candidates 32
@@ -37,7 +38,7 @@ from train_dvae import evaluate
 NAMES = sorted(STYLES)
 CPU = torch.device("cpu")
 STEPS, BATCH = 1500, 64  # of training the network that knows the styles
-SHOWN = 9  # unseen pairs on the sheet
+SHOWN = {True: 6, False: 3}  # unseen pairs on the sheet, right and wrong ones
 
 # ---- the true pictures, and how near others are to them ------------------------------------------
 
@@ -159,10 +160,10 @@ def measure_dvae(dvae, gallery: Gallery, through: Tensor, judge: nn.Module) -> N
 
 def measure_prompts(
     run, gallery: Gallery, judge: nn.Module, part: str, count: int, candidates: int, seed: int
-) -> tuple[list[int], Tensor]:
+) -> tuple[list[int], Tensor, Tensor]:
     """Print how often style and concept are right for `count` captions of a part: by one sample, by
-    the best of the candidates by the reranker, and by any. The pictures asked for, and the best
-    images [count, 3, H, W]."""
+    the best of the candidates by the reranker, and by any. The pictures asked for, the best images
+    [count, 3, H, W], and which of these are right, bool [count]."""
     known = [k for k in np.flatnonzero(gallery.parts == part).tolist()
              if len(run[0].encode(gallery.captions[k])) < run[2].config.text_len]  # fmt: skip
     asked = random.Random(derive(seed, part)).sample(known, min(count, len(known)))
@@ -180,29 +181,32 @@ def measure_prompts(
         shares = [best_of(scores, good, n) for n in (1, candidates)] + [good.any(1).float()]
         line = (f"{100 * x.mean():6.1f} ± {100 * x.std() / len(x) ** 0.5:3.1f}" for x in shares)
         print(f"  {name} right         {'   '.join(line)}")
-    return asked, torch.stack(best)
+    found = place.gather(1, scores.argmax(1, keepdim=True))[:, 0] <= 5
+    return asked, torch.stack(best), found
 
 
-def measure_memory(gallery: Gallery, asked: list[int], best: Tensor) -> Image.Image:
-    """Print what the nearest training picture of each of the best images shows; a sheet of them,
-    each beside the true picture and the nearest one of training."""
+def measure_memory(gallery: Gallery, asked: list[int], best: Tensor, found: Tensor) -> Image.Image:
+    """Print what the nearest training picture of each of the best images shows; a sheet of some of
+    them, `found` or not, each beside the true picture and the nearest one of training."""
 
     trained = torch.from_numpy(gallery.parts == "train")
     kinds = {"the same in another style": 0, "another in the right style": 0, "neither": 0}
-    cells, captions, nearer = [], [], 0
-    for k, image in zip(asked, best):
+    rows, nearer = {True: [], False: []}, 0
+    for k, image, is_found in zip(asked, best, found.tolist()):
         distance = distances(image[None], gallery.looks)[0]
         nearest = distance.masked_fill(~trained, torch.inf).argmin().item()
         same = gallery.concepts[nearest] == gallery.concepts[k]
         right = gallery.styles[nearest] == gallery.styles[k]
         kinds[list(kinds)[0 if same else 1 if right else 2]] += 1
         nearer += (distance[k] < distance[nearest]).item()
-        cells += to_images(torch.stack([image, *images_to(CPU, gallery.pixels[[k, nearest], 0])]))
-        captions += [gallery.captions[k], "true picture", f"nearest: {gallery.captions[nearest]}"]
-    found = ", ".join(f"{name} {count / len(asked):.1%}" for name, count in kinds.items())
-    print(f"nearest training picture of the best for unseen pairs: {found}")
+        row = to_images(torch.stack([image, *images_to(CPU, gallery.pixels[[k, nearest], 0])]))
+        captions = gallery.captions[k], "true picture", f"nearest: {gallery.captions[nearest]}"
+        rows[is_found] += zip(row, captions)
+    shares = ", ".join(f"{name} {count / len(asked):.1%}" for name, count in kinds.items())
+    print(f"nearest training picture of the best for unseen pairs: {shares}")
     print(f"the true picture, unseen, is nearer than any of training: {nearer / len(asked):.1%}")
-    return sheet(cells[: 3 * SHOWN], captions[: 3 * SHOWN], columns=9)
+    cells = [cell for is_found, some in rows.items() for cell in some[: 3 * SHOWN[is_found]]]
+    return sheet(*map(list, zip(*cells)), columns=9)
 
 
 def main() -> None:
@@ -230,12 +234,12 @@ def main() -> None:
     with torch.inference_mode():
         measure_dvae(run[1], gallery, through, judge)
         for part in ("train", "unseen"):
-            asked, best = measure_prompts(
+            drawn = measure_prompts(
                 run, gallery, judge, part, args.prompts, args.candidates, args.seed
             )
         top1 = len(NAMES) / len(gallery.keys)
         print(f"by chance: style {1 / len(NAMES):.1%}, top 1 {top1:.2%}, top 5 {5 * top1:.2%}")
-        write_picture(args.out, measure_memory(gallery, asked, best))
+        write_picture(args.out, measure_memory(gallery, *drawn))
     print(f"{args.out}: drawn for unseen pairs, the true picture, the nearest one in training")
 
 

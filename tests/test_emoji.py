@@ -366,7 +366,7 @@ def test_memory_is_found(gallery, capsys):
     ]
     for found, same, true in ((other, "100.0%", "0.0%"), (asked, "0.0%", "100.0%")):
         images = images_to(lab.emoji.CPU, gallery.pixels[found, 0])
-        lab.emoji.measure_memory(gallery, asked, images)
+        lab.emoji.measure_memory(gallery, asked, images, torch.tensor([True] * len(asked)))
         lines = capsys.readouterr().out.splitlines()
         if found is other:
             assert f"the same in another style {same}" in lines[0]
