@@ -33,9 +33,9 @@ def last(run_dir, stage, name):
 def tiny_run(tmp_path_factory):
     """A miniature of the tiny preset: both stages, some hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
-    short = ["--run-dir", run_dir, "--ema", 0.95, "--eval-every", 350]
-    run("train_dvae.py", "--tiny", "--steps", 1000, "--log-every", 10, *short)
-    run("train_prior.py", "--steps", 240, "--batch-size", 16, *short)
+    options = ["--run-dir", run_dir, "--eval-every", 350]
+    run("train_dvae.py", "--tiny", "--steps", 500, "--ema", 0.95, "--log-every", 10, *options)
+    run("train_prior.py", "--steps", 140, "--ema", 0.8, "--batch-size", 16, *options)
     return run_dir
 
 
