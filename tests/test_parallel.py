@@ -55,7 +55,7 @@ def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
     one = new_run(tmp_path / "one")
     alone(monkeypatch, one, "--steps", "5")
     rates = [entry["lr"] for entry in log_of(one) if "lr" in entry]
-    assert rates == pytest.approx([2e-3 * k / 5 for k in range(1, 6)])  # the warm-up is linear
+    assert rates == pytest.approx([3e-3 * k / 5 for k in range(1, 6)])  # the warm-up is linear
     half = shutil.copytree(one, tmp_path / "half")
     alone(monkeypatch, one, "--steps", "10", "--resume")
     expected = losses(one)

@@ -53,7 +53,7 @@ def test_what_is_kept_is_what_a_real_pass_keeps():
         (["dvae", "--tiny", "--gpus", "2"], ["216,374 parameters on 2", "this fits"]),
         (
             ["prior", "--tiny", "--gpus", "4", "--shard", "--gpu-memory", "0.03"],
-            ["sharded among 4", "batch 32: 1 micro-batch(es) of 8", "does not fit"],
+            ["sharded among 4", "batch 64: 1 micro-batch(es) of 16", "does not fit"],
         ),
     ],
 )

@@ -353,7 +353,7 @@ def test_initialisation_also_after_meta():
             std = 0.5 / math.sqrt(p.shape[1]) if is_linear else 0.02
             std /= math.sqrt(16) if "out.weight" in name else 1
             assert p.std().item() == pytest.approx(std, rel=6 / math.sqrt(p.numel())), name
-    loss, _ = model.loss(*batch(c, 2))
+    loss, _ = model.loss(*batch(c, 64))
     uniform = math.log(c.text_vocab + c.text_len) / 8 + math.log(c.image_vocab) * 7 / 8
     # of x with variance 1 the heads make logits of variance 1/4: their ln Σ exp is larger by half
     assert loss.item() == pytest.approx(uniform + 1 / 8, rel=0.02)
