@@ -92,7 +92,7 @@ class Gallery:
         self.keys = [tuple(file.removesuffix(".png").split("/")) for file, *_ in found]
         self.parts = np.array([part for _, part, *_ in found])
         self.concepts = [re.sub("-1f3f[b-f]", "", code) for _, code in self.keys]
-        tenth = sorted(set(self.concepts))[::10]
+        tenth = set(sorted(set(self.concepts))[::10])
         self.kept = torch.tensor([concept in tenth for concept in self.concepts])
         items = [table[i] for *_, table, i in tqdm(found, desc="pictures")]
         self.captions = [captions[0] for _, captions in items]
@@ -136,11 +136,10 @@ def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
 # ---- what a run draws ----------------------------------------------------------------------------
 
 
-def measure_dvae(dvae, gallery: Gallery, through: Tensor, judge: nn.Module) -> None:
+def measure_dvae(dvae, gallery: Gallery, whole: Tensor, through: Tensor, judge: nn.Module) -> None:
     """Print how well the pictures come back that were not trained on, and what the two measures
-    say of true pictures and of `through` [n, 3, H, W], the dVAE's of them: no prior can do
-    better."""
-    whole = images_to(CPU, gallery.pixels[:, 0])
+    say of the true pictures `whole` [n, 3, H, W] and of `through`, the dVAE's of them: no prior
+    can do better."""
     new = torch.from_numpy(np.flatnonzero(gallery.parts != "train"))
     by_style = [gallery.styles[new] == k for k in gallery.styles[new].unique()]
     scores = evaluate(dvae, whole[new], BATCH, 1 / 16)
@@ -188,7 +187,6 @@ def measure_prompts(
 def measure_memory(gallery: Gallery, asked: list[int], best: Tensor, found: Tensor) -> Image.Image:
     """Print what the nearest training picture of each of the best images shows; a sheet of some of
     them, `found` or not, each beside the true picture and the nearest one of training."""
-
     trained = torch.from_numpy(gallery.parts == "train")
     kinds = {"the same in another style": 0, "another in the right style": 0, "neither": 0}
     rows, nearer = {True: [], False: []}, 0
@@ -229,10 +227,11 @@ def main() -> None:
     gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
     with torch.no_grad():
-        through = decoded(run[1], images_to(CPU, gallery.pixels[:, 0]))
+        whole = images_to(CPU, gallery.pixels[:, 0])
+        through = decoded(run[1], whole)
     judge = train_styles(through[~gallery.kept], gallery.styles[~gallery.kept])
     with torch.inference_mode():
-        measure_dvae(run[1], gallery, through, judge)
+        measure_dvae(run[1], gallery, whole, through, judge)
         for part in ("train", "unseen"):
             drawn = measure_prompts(
                 run, gallery, judge, part, args.prompts, args.candidates, args.seed

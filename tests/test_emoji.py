@@ -357,6 +357,14 @@ def test_a_picture_is_its_own_nearest(gallery):
     assert np.unique(gallery.parts).tolist() == ["train", "unseen", "val"]
 
 
+def test_the_judge_of_styles_is_tried_on_concepts_it_has_not_seen(gallery):
+    """In every skin tone and style: what is kept from it is a tenth of the concepts."""
+    kept = {c for c, is_kept in zip(gallery.concepts, gallery.kept.tolist()) if is_kept}
+    seen = {c for c, is_kept in zip(gallery.concepts, gallery.kept.tolist()) if not is_kept}
+    assert kept and not kept & seen and len(kept) == -(-len(kept | seen) // 10)
+    assert not any(tone in concept for concept in kept | seen for tone in ("1f3fb", "1f3ff"))
+
+
 def test_memory_is_found(gallery, capsys):
     """Pictures that are copies, from training, and pictures that are the true ones."""
     asked = np.flatnonzero(gallery.parts == "unseen").tolist()
