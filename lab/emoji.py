@@ -2,7 +2,8 @@
 What a run has learned of the emoji that `python -m data.emoji` makes.
 
 Is the style right? So says a small network, the judge, that learns the three styles from what the
-dVAE makes of the true pictures, all but those of every tenth concept, which say how reliable it is.
+dVAE makes of the true pictures, as they are and with cells of others in them, since a prior's have
+wrong ones; all but those of every tenth concept, which say how reliable it is.
 Is the concept right? That is the rank of the true picture among all pictures of its style, by the
 distance of their pixels at 16 × 16. Both for pairs of concept and style that training held, and for
 pairs of which it held neither picture nor caption (3.3). Is it memory? A sheet shows, beside what
@@ -38,6 +39,7 @@ from train_dvae import evaluate
 NAMES = sorted(STYLES)
 CPU = torch.device("cpu")
 STEPS, BATCH = 1500, 64  # of training the network that knows the styles
+FLAWS = 0.4  # most of a picture's cells that are another's, in half of what it learns from
 SHOWN = {True: 6, False: 3}  # unseen pairs on the sheet, right and wrong ones
 
 # ---- the true pictures, and how near others are to them ------------------------------------------
@@ -107,9 +109,13 @@ class Gallery:
         return ranks(distances(images, self.looks[first:last]), true - first)
 
 
-def decoded(dvae, images: Tensor) -> Tensor:
-    """What a dVAE makes of images [B, 3, H, W]: the same shape."""
-    return torch.cat([dvae.decode(dvae.encode(x)) for x in images.split(BATCH)])
+def decoded(dvae, images: Tensor, flaws: float = 0.0) -> Tensor:
+    """What a dVAE makes of images [n, 3, H, W]: the same shape. With flaws, up to this share of a
+    picture's tokens are those that another one has there."""
+    tokens = torch.cat([dvae.encode(x) for x in images.split(BATCH)])
+    wrong = torch.rand(tokens.shape) < flaws * torch.rand(len(tokens), 1, 1)
+    tokens = torch.where(wrong, tokens[torch.randperm(len(tokens))], tokens)
+    return torch.cat([dvae.decode(x) for x in tokens.split(BATCH)])
 
 
 def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
@@ -136,18 +142,19 @@ def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
 # ---- what a run draws ----------------------------------------------------------------------------
 
 
-def measure_dvae(dvae, gallery: Gallery, whole: Tensor, through: Tensor, judge: nn.Module) -> None:
+def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: nn.Module) -> None:
     """Print how well the pictures come back that were not trained on, and what the two measures
-    say of the true pictures `whole` [n, 3, H, W] and of `through`, the dVAE's of them: no prior
-    can do better."""
+    say of each kind: of the true pictures [n, 3, H, W], which come first, of what the dVAE makes of
+    them, than which no prior can do better, and of that with flaws."""
     new = torch.from_numpy(np.flatnonzero(gallery.parts != "train"))
     by_style = [gallery.styles[new] == k for k in gallery.styles[new].unique()]
-    scores = evaluate(dvae, whole[new], BATCH, 1 / 16)
+    true, *_ = kinds.values()
+    scores = evaluate(dvae, true[new], BATCH, 1 / 16)
     print(
         f"dVAE: {scores['val_psnr']:.2f} dB on {len(new)} pictures that were not trained on, "
         f"{scores['codes']} of {dvae.config.vocab_size} codes in use"
     )
-    for name, images in (("true pictures", whole), ("the dVAE's of them", through)):
+    for name, images in kinds.items():
         style = judge(images[gallery.kept]).argmax(1) == gallery.styles[gallery.kept]
         place = torch.cat([gallery.places(images[new[of]], new[of]) for of in by_style])
         top = [(place <= n).float().mean() for n in (1, 5)]
@@ -226,12 +233,15 @@ def main() -> None:
         raise ValueError(f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}")
     gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
+    torch.manual_seed(0)
     with torch.no_grad():
         whole = images_to(CPU, gallery.pixels[:, 0])
-        through = decoded(run[1], whole)
-    judge = train_styles(through[~gallery.kept], gallery.styles[~gallery.kept])
+        through, flawed = decoded(run[1], whole), decoded(run[1], whole, FLAWS)
+    seen = ~gallery.kept
+    judge = train_styles(torch.cat([through[seen], flawed[seen]]), gallery.styles[seen].repeat(2))
     with torch.inference_mode():
-        measure_dvae(run[1], gallery, whole, through, judge)
+        kinds = {"true pictures": whole, "the dVAE's of them": through, "with flaws": flawed}
+        measure_dvae(run[1], gallery, kinds, judge)
         for part in ("train", "unseen"):
             drawn = measure_prompts(
                 run, gallery, judge, part, args.prompts, args.candidates, args.seed
