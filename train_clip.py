@@ -70,7 +70,7 @@ def prepare(img, captions, rng, notes, size: int, bpe: BPE, text_len: int) -> li
 
 
 def decayed(model: nn.Module) -> list[dict]:
-    """The parameters in two groups: weights decay, gains, biases and the temperature do not."""
+    """The parameters in two groups: vectors do not decay, nor does the temperature."""
     split: dict[bool, list] = {True: [], False: []}
     for p in model.parameters():
         split[p.ndim > 1].append(p)

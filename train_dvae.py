@@ -1,7 +1,7 @@
 """
 Stage one: train the dVAE on images (2.1, A.2).
 
-    python train_dvae.py --tiny                     # the toy world, minutes on a CPU
+    python train_dvae.py --tiny                     # the toy world, a quarter of an hour on a CPU
     python train_dvae.py --tiny --data my_photos    # a folder of images
 
 Writes into --run-dir (default runs/<preset>): dvae.pt, the averaged weights; dvae_state.pt, all
@@ -32,7 +32,7 @@ class DVAETraining:
     """How to train a dVAE; the defaults are the paper's (A.2), but for how often it is logged and
     evaluated. All three schedules are half cosines: with a linear τ training typically diverged.
 
-    β = 6.6 is more than a bound allows (it is one at β = 1). It promotes codebook usage; the
+    β = 6.6 in place of the bound's 1. It promotes codebook usage; the
     authors speculate that with a small β the relaxation's noise makes the optimiser give up codes
     early (footnote 4), and so the reconstruction error at the end is larger.
     """
@@ -43,7 +43,7 @@ class DVAETraining:
     lr: float = 1e-4  # step size at the start of its half cosine (A.2)
     lr_end: float = 1.25e-6  # step size at its end, and from there on (A.2)
     lr_steps: int = 1_200_000  # updates of that half cosine (A.2)
-    warmup_steps: int = 0  # updates before it in which the step size grows; not the paper's
+    warmup_steps: int = 0  # first updates, in which the step size also grows; not the paper's
     beta1: float = 0.9  # of AdamW's running mean (A.2)
     beta2: float = 0.999  # of AdamW's running variance (A.2)
     eps: float = 1e-8  # AdamW's ε (A.2)

@@ -55,7 +55,7 @@ class PriorTraining:
     beta2: float = 0.96  # of AdamW's running variance (B.2)
     eps: float = 1e-8  # AdamW's ε (B.2)
     weight_decay: float = 4.5e-2  # AdamW's (B.2)
-    clip: float = 4.0  # norm of the gradient, with PowerSGD of the decompressed one (B.2, E)
+    clip: float = 4.0  # largest norm of the gradient, with PowerSGD the decompressed one (B.2, E)
     variance_clip: float = 5.0  # most that Adam's running variance may be (B.2)
     ema: float = 0.99  # decay of the averaged weights (B.2)
     ema_every: int = 25  # updates from one averaging to the next (B.2)

@@ -8,7 +8,7 @@ In the place of Inception stands the judge of the toy world: its features are th
 positions of its last layer, its classes the pairs of colour and shape. So the numbers compare with
 each other, and with nobody else's. Samples and pictures of the data are blurred alike, for a dVAE
 cannot make the highest frequencies; the paper's radii of 0 to 8 are those of 256 × 256 pixels.
-Fewer pictures have a larger FID: see that of other pictures of the data. The unseen pairs are four,
+Fewer pictures have a larger FID: see that of other pictures of the data. The unseen pairs are five,
 so that wrong ones raise the IS.
 """
 

@@ -2,7 +2,8 @@
 Near-duplicates between training and validation pictures (3.2).
 
 For each validation picture the nearest training picture is found by the features of a contrastive
-model, here the reranker of a run; a threshold is set by eye, and what is nearer is left out.
+model, here the reranker of a run; a threshold is set by eye, and what is nearer is left out. In the
+paper that was about 21% of MS-COCO's validation pictures, and changed FID little.
 
     python -m lab.overlap DATA VAL                    # a sheet of pairs, the nearest first
     python -m lab.overlap DATA VAL --threshold 0.98   # the pairs next to it, and a table for --data

