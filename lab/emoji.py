@@ -16,6 +16,7 @@ rank among the first five, then three that are not.
 
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from train_dvae import evaluate
 
 NAMES = sorted(STYLES)
 CPU = torch.device("cpu")
-STEPS, BATCH = 1500, 64  # of training the network that knows the styles
+STEPS, BATCH = 3000, 64  # of training the network that knows the styles
 FLAWS = 0.4  # most of a picture's cells that are another's, in half of what it learns from
 SHOWN = {True: 6, False: 3}  # unseen pairs on the sheet, right and wrong ones
 
@@ -118,9 +119,9 @@ def decoded(dvae, images: Tensor, flaws: float = 0.0) -> Tensor:
     return torch.cat([dvae.decode(x) for x in tokens.split(BATCH)])
 
 
-def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
-    """A network from images [B, 3, H, W] to logits over the styles [B], trained on images [n, 3, H,
-    W], mirrored half of the time."""
+def train_styles(images: Tensor, styles: Tensor) -> Callable[[Tensor], Tensor]:
+    """From images [B, 3, H, W] to scores of the styles, by a network that is trained on images
+    [n, 3, H, W] and their mirror images, and asked about both."""
     torch.manual_seed(0)
     layers = []
     for n_in, n_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
@@ -136,13 +137,14 @@ def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
+    net.eval()
+    return lambda x: net(x).softmax(1) + net(x.flip(3)).softmax(1)
 
 
 # ---- what a run draws ----------------------------------------------------------------------------
 
 
-def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: nn.Module) -> None:
+def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: Callable) -> None:
     """Print how well the pictures come back that were not trained on, and what the two measures
     say of each kind: of the true pictures [n, 3, H, W], which come first, of what the dVAE makes of
     them, than which no prior can do better, and of that with flaws."""
@@ -165,7 +167,7 @@ def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: nn.Mod
 
 
 def measure_prompts(
-    run, gallery: Gallery, judge: nn.Module, part: str, count: int, candidates: int, seed: int
+    run, gallery: Gallery, judge: Callable, part: str, count: int, candidates: int, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
     """Print how often style and concept are right for `count` captions of a part: by one sample, by
     the best of the candidates by the reranker, and by any. The pictures asked for, the best images
