@@ -211,7 +211,7 @@ class DVAE(nn.Module):
     def even_out(self) -> None:
         """Give what both first convolutions make at the start a mean near 0 and a larger variance.
 
-        Our reading, in the small presets: phi(x) is about ½ everywhere, and one code of K
+        Our reading, in `tiny`, `emoji` and `small`: phi(x) is about ½ everywhere, and one code of K
         alone is 1, so that with the usual start all pixels, and all codes, look almost the same
         to what follows, and short runs are spent on telling them apart.
         """
