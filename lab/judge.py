@@ -2,9 +2,9 @@
 An independent judge of the toy world: are the colour and the shape what the caption says?
 
 A small convolutional network learns colour and shape from fresh renders of single objects, all
-pairs alike, blurred and noisy at random, since a model's pictures are. Then it measures a run:
-the dVAE on held-out renders, and one sample for each of many one-object captions, of seen pairs
-of colour and shape and of pairs that no training picture or caption held (3.3).
+pairs alike, blurred and noisy at random, since a model's pictures are. Then it measures a run, on
+pairs of colour and shape that training held and on pairs of which it held neither picture nor
+caption (3.3): what the dVAE makes of renders, and one sample for each of many one-object captions.
 
     python -m lab.judge                        # the newest run, else pretrained/tiny
     python -m lab.judge --run-dir runs/tiny --prompts 200
@@ -12,8 +12,10 @@ of colour and shape and of pairs that no training picture or caption held (3.3).
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from scale import fast
 SIZE = 32  # pixels, of the toy world the judge knows
 FRESH = 10**12  # no model trains on toy pictures this far out
 STEPS, BATCH = 600, 64
+CPU = torch.device("cpu")
 
 
 def single_objects(split: str, first: int) -> Iterator[tuple[int, Scene]]:
@@ -136,31 +139,34 @@ def open_run(run_dir: Path, prompts: int, candidates: int | None) -> tuple:
     return run
 
 
+def labels_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
+    """The numbers [B] of the colours and of the shapes of what comes first in each scene."""
+    things = [scene.things[0] for scene in scenes]
+    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
+    return colors, torch.tensor([SHAPES.index(thing.shape) for thing in things])
+
+
 @torch.inference_mode()
-def judge_dvae(dvae) -> tuple[float, int]:
-    """Of 512 `val` pictures through argmax tokens: mean PSNR in dB against the renders without
-    sensor noise, and the number of codes in use."""
-    noisy, clean = [], []
-    for index in range(512):
-        scene = toy_scene(index, "val")
-        clean.append(torch.from_numpy(render(scene, SIZE)))
-        noisy.append(torch.from_numpy(toy_world(index, SIZE, "val")[0]))
-    noisy, clean = (images_to(torch.device("cpu"), torch.stack(x)) for x in (noisy, clean))
+def judge_dvae(judge: Judge, dvae, split: str) -> tuple[float, float, int]:
+    """Of 512 pictures of a split through argmax tokens: mean PSNR in dB against the renders without
+    sensor noise; the share of those of one object whose colour and shape are still right, than
+    which no prior can do much better; and the number of codes in use."""
+    scenes = [toy_scene(index, split) for index in range(512)]
+    clean = [render(scene, SIZE) for scene in scenes]
+    noisy = [toy_world(index, SIZE, split)[0] for index in range(512)]
+    noisy, clean = (images_to(CPU, torch.from_numpy(np.stack(x))) for x in (noisy, clean))
     tokens = dvae.encode(noisy)
-    mse = (dvae.decode(tokens) - clean).square().mean((1, 2, 3))
-    return (-10 * torch.log10(mse)).mean().item(), len(tokens.unique())
+    images = dvae.decode(tokens)
+    psnr = -10 * torch.log10((images - clean).square().mean((1, 2, 3)))
+    color, shape = right(judge, images, *labels_of(scenes))
+    single = torch.tensor([len(scene.things) == 1 for scene in scenes])
+    return psnr.mean().item(), (color & shape)[single].float().mean().item(), len(tokens.unique())
 
 
 def prompts_of(split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
     """Captions of `count` one-object scenes, and the colours and shapes [count] they name."""
-    scenes = single_objects(split, 0)
-    captions, colors, shapes = [], [], []
-    for _ in range(count):
-        _, scene = next(scenes)
-        captions.append(scene.caption)
-        colors.append(list(COLORS).index(scene.things[0].color))
-        shapes.append(SHAPES.index(scene.things[0].shape))
-    return captions, torch.tensor(colors), torch.tensor(shapes)
+    scenes = [scene for _, scene in islice(single_objects(split, 0), count)]
+    return [scene.caption for scene in scenes], *labels_of(scenes)
 
 
 @torch.inference_mode()
@@ -253,11 +259,12 @@ def main() -> None:
         check_output(args.out)
         figure, (axis,) = subplots(1)
     judge = reliable_judge()
-    psnr, codes = judge_dvae(run[1])
-    print(
-        f"dVAE of {run_dir}: {psnr:.2f} dB on 512 val pictures, "
-        f"{codes} of {run[1].config.vocab_size} codes in use"
-    )
+    for split in ("val", "unseen"):
+        psnr, share, codes = judge_dvae(judge, run[1], split)
+        print(
+            f"dVAE of {run_dir}: {psnr:.2f} dB on 512 {split} pictures, {codes} of "
+            f"{run[1].config.vocab_size} codes in use, colour and shape still right {share:.1%}"
+        )
     for kind, split in (("seen", "val"), ("unseen", "unseen")):
         color, shape = judge_prompts(judge, run, split, args.prompts, args.seed)
         color, shape, both = (x.float().mean().item() for x in (color, shape, color & shape))
