@@ -1,9 +1,9 @@
 """
 What a run has learned of the emoji that `python -m data.emoji` makes.
 
-Is the style right? So says a small network, the judge, that learns the three styles from what the
-dVAE makes of the true pictures, as they are and with cells of others in them, since a prior's have
-wrong ones; all but those of every tenth concept, which say how reliable it is.
+Is the style right? So say three small networks, the judge, that learn the three styles from what
+the dVAE makes of the true pictures, as they are and with cells of others in them, since a prior's
+have wrong ones; all but those of every tenth concept, which say how reliable it is.
 Is the concept right? That is the rank of the true picture among all pictures of its style, by the
 distance of their pixels at 16 × 16. Both for pairs of concept and style that training held, and for
 pairs of which it held neither picture nor caption (3.3). Is it memory? A sheet shows, beside what
@@ -16,7 +16,6 @@ rank among the first five, then three that are not.
 
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,19 +109,26 @@ class Gallery:
         return ranks(distances(images, self.looks[first:last]), true - first)
 
 
-def decoded(dvae, images: Tensor, flaws: float = 0.0) -> Tensor:
-    """What a dVAE makes of images [n, 3, H, W]: the same shape. With flaws, up to this share of a
-    picture's tokens are those that another one has there."""
-    tokens = torch.cat([dvae.encode(x) for x in images.split(BATCH)])
-    wrong = torch.rand(tokens.shape) < flaws * torch.rand(len(tokens), 1, 1)
-    tokens = torch.where(wrong, tokens[torch.randperm(len(tokens))], tokens)
+def encoded(dvae, images: Tensor) -> Tensor:
+    """The tokens of images [n, 3, H, W]: long [n, h, w]."""
+    return torch.cat([dvae.encode(x) for x in images.split(BATCH)])
+
+
+def decoded(dvae, tokens: Tensor) -> Tensor:
+    """The images of tokens [n, h, w]: [n, 3, H, W]."""
     return torch.cat([dvae.decode(x) for x in tokens.split(BATCH)])
 
 
-def train_styles(images: Tensor, styles: Tensor) -> Callable[[Tensor], Tensor]:
-    """From images [B, 3, H, W] to scores of the styles, by a network that is trained on images
-    [n, 3, H, W] and their mirror images, and asked about both."""
-    torch.manual_seed(0)
+def flawed(tokens: Tensor) -> Tensor:
+    """Of tokens [n, h, w] a share of 0 to FLAWS in each picture, drawn evenly, becomes what another
+    of the pictures has in the same place."""
+    wrong = torch.rand(tokens.shape) < FLAWS * torch.rand(len(tokens), 1, 1)
+    return torch.where(wrong, tokens[torch.randperm(len(tokens))], tokens)
+
+
+def train_styles(images: Tensor, styles: Tensor) -> nn.Module:
+    """A network from images [B, 3, H, W] to scores of the styles, trained on images [n, 3, H, W]
+    and their mirror images."""
     layers = []
     for n_in, n_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
         layers += [nn.Conv2d(n_in, n_out, 3, stride, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
@@ -137,14 +143,30 @@ def train_styles(images: Tensor, styles: Tensor) -> Callable[[Tensor], Tensor]:
         loss.backward()
         optimizer.step()
         schedule.step()
-    net.eval()
-    return lambda x: net(x).softmax(1) + net(x.flip(3)).softmax(1)
+    return net.eval()
+
+
+class StyleJudge:
+    """From images [B, 3, H, W] to the number of their style, [B], by three networks that learn from
+    what a dVAE makes of tokens [n, h, w] of the styles [n] and, each, from that with other flaws.
+    They are asked about the mirror image too."""
+
+    def __init__(self, dvae, tokens: Tensor, styles: Tensor):
+        self.nets, styles = [], styles.repeat(2)
+        for _ in range(3):
+            with torch.no_grad():
+                images = decoded(dvae, torch.cat([tokens, flawed(tokens)]))
+            self.nets.append(train_styles(images, styles))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        asked = [net(x).softmax(1) for net in self.nets for x in (images, images.flip(3))]
+        return torch.stack(asked).sum(0).argmax(1)
 
 
 # ---- what a run draws ----------------------------------------------------------------------------
 
 
-def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: Callable) -> None:
+def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: StyleJudge) -> None:
     """Print how well the pictures come back that were not trained on, and what the two measures
     say of each kind: of the true pictures [n, 3, H, W], which come first, of what the dVAE makes of
     them, than which no prior can do better, and of that with flaws."""
@@ -157,7 +179,7 @@ def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: Callab
         f"{scores['codes']} of {dvae.config.vocab_size} codes in use"
     )
     for name, images in kinds.items():
-        style = judge(images[gallery.kept]).argmax(1) == gallery.styles[gallery.kept]
+        style = judge(images[gallery.kept]) == gallery.styles[gallery.kept]
         place = torch.cat([gallery.places(images[new[of]], new[of]) for of in by_style])
         top = [(place <= n).float().mean() for n in (1, 5)]
         print(
@@ -167,7 +189,7 @@ def measure_dvae(dvae, gallery: Gallery, kinds: dict[str, Tensor], judge: Callab
 
 
 def measure_prompts(
-    run, gallery: Gallery, judge: Callable, part: str, count: int, candidates: int, seed: int
+    run, gallery: Gallery, judge: StyleJudge, part: str, count: int, candidates: int, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
     """Print how often style and concept are right for `count` captions of a part: by one sample, by
     the best of the candidates by the reranker, and by any. The pictures asked for, the best images
@@ -178,7 +200,7 @@ def measure_prompts(
     style, place, scores, best = [], [], [], []
     captions = [gallery.captions[k] for k in asked]
     for k, (images, score) in zip(asked, draw_candidates(run, captions, candidates, seed)):
-        style.append(judge(images).argmax(1) == gallery.styles[k])
+        style.append(judge(images) == gallery.styles[k])
         place.append(gallery.places(images, torch.full((candidates,), k)))
         scores.append(score)
         best.append(images[score.argmax()])
@@ -238,11 +260,11 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         whole = images_to(CPU, gallery.pixels[:, 0])
-        through, flawed = decoded(run[1], whole), decoded(run[1], whole, FLAWS)
-    seen = ~gallery.kept
-    judge = train_styles(torch.cat([through[seen], flawed[seen]]), gallery.styles[seen].repeat(2))
+        tokens = encoded(run[1], whole)
+        through, with_flaws = decoded(run[1], tokens), decoded(run[1], flawed(tokens))
+    judge = StyleJudge(run[1], tokens[~gallery.kept], gallery.styles[~gallery.kept])
     with torch.inference_mode():
-        kinds = {"true pictures": whole, "the dVAE's of them": through, "with flaws": flawed}
+        kinds = {"true pictures": whole, "the dVAE's of them": through, "with flaws": with_flaws}
         measure_dvae(run[1], gallery, kinds, judge)
         for part in ("train", "unseen"):
             drawn = measure_prompts(

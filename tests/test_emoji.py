@@ -365,6 +365,20 @@ def test_the_judge_of_styles_is_tried_on_concepts_it_has_not_seen(gallery):
     assert not any(tone in concept for concept in kept | seen for tone in ("1f3fb", "1f3ff"))
 
 
+def test_flaws_are_what_another_picture_has_there(monkeypatch):
+    """Each cell is of some picture, in its own place, and as many are wrong as is said."""
+    n, side = 400, 8
+    picture = torch.arange(n)[:, None, None].expand(n, side, side)
+    place = torch.arange(side**2).view(side, side)
+    found = lab.emoji.flawed(picture * side**2 + place)
+    assert (found % side**2 == place).all()
+    shares = (found // side**2 != picture).float().mean((1, 2))
+    assert abs(shares.mean() - lab.emoji.FLAWS / 2) < 0.03 and shares.max() < lab.emoji.FLAWS + 0.25
+    assert (shares < 0.02).sum() >= n / 40  # some have next to none
+    monkeypatch.setattr(lab.emoji, "FLAWS", 0)
+    assert (lab.emoji.flawed(picture) == picture).all()
+
+
 def test_memory_is_found(gallery, capsys):
     """Pictures that are copies, from training, and pictures that are the true ones."""
     asked = np.flatnonzero(gallery.parts == "unseen").tolist()
