@@ -32,13 +32,12 @@ from data.loader import derive, images_to
 from data.sheets import sheet, to_images
 from engine.checkpoint import write_picture
 from engine.cli import Parser, check_output, start
-from lab.judge import best_of, draw_candidates
+from lab.judge import CPU, best_of, draw_candidates
 from sample import find_run, load_run
 from train_dvae import evaluate
 
 NAMES = sorted(STYLES)
-CPU = torch.device("cpu")
-STEPS, BATCH = 3000, 64  # of training the network that knows the styles
+STEPS, BATCH = 3000, 64  # of training each network of the judge
 FLAWS = 0.4  # most of a picture's cells that are another's, in half of what it learns from
 SHOWN = {True: 6, False: 3}  # unseen pairs on the sheet, right and wrong ones
 
@@ -109,11 +108,13 @@ class Gallery:
         return ranks(distances(images, self.looks[first:last]), true - first)
 
 
+@torch.no_grad()
 def encoded(dvae, images: Tensor) -> Tensor:
     """The tokens of images [n, 3, H, W]: long [n, h, w]."""
     return torch.cat([dvae.encode(x) for x in images.split(BATCH)])
 
 
+@torch.no_grad()
 def decoded(dvae, tokens: Tensor) -> Tensor:
     """The images of tokens [n, h, w]: [n, 3, H, W]."""
     return torch.cat([dvae.decode(x) for x in tokens.split(BATCH)])
@@ -152,11 +153,10 @@ class StyleJudge:
     They are asked about the mirror image too."""
 
     def __init__(self, dvae, tokens: Tensor, styles: Tensor):
-        self.nets, styles = [], styles.repeat(2)
+        self.nets, images = [], decoded(dvae, tokens)
         for _ in range(3):
-            with torch.no_grad():
-                images = decoded(dvae, torch.cat([tokens, flawed(tokens)]))
-            self.nets.append(train_styles(images, styles))
+            with_flaws = decoded(dvae, flawed(tokens))
+            self.nets.append(train_styles(torch.cat([images, with_flaws]), styles.repeat(2)))
 
     def __call__(self, images: Tensor) -> Tensor:
         asked = [net(x).softmax(1) for net in self.nets for x in (images, images.flip(3))]
@@ -258,10 +258,9 @@ def main() -> None:
     gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
     torch.manual_seed(0)
-    with torch.no_grad():
-        whole = images_to(CPU, gallery.pixels[:, 0])
-        tokens = encoded(run[1], whole)
-        through, with_flaws = decoded(run[1], tokens), decoded(run[1], flawed(tokens))
+    whole = images_to(CPU, gallery.pixels[:, 0])
+    tokens = encoded(run[1], whole)
+    through, with_flaws = decoded(run[1], tokens), decoded(run[1], flawed(tokens))
     judge = StyleJudge(run[1], tokens[~gallery.kept], gallery.styles[~gallery.kept])
     with torch.inference_mode():
         kinds = {"true pictures": whole, "the dVAE's of them": through, "with flaws": with_flaws}

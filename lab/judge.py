@@ -11,7 +11,7 @@ caption (3.3): what the dVAE makes of renders, and one sample for each of many o
     python -m lab.judge --candidates 64        # also the best of N by clip.pt: a table, rerank.png
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -45,15 +45,21 @@ def single_objects(split: str, first: int) -> Iterator[tuple[int, Scene]]:
         index += 1
 
 
-def renders(first: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Endless (float [3, H, W] without sensor noise, colour number, shape number)."""
+def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """The numbers [B] of the colours and of the shapes of what comes first in each scene."""
+    things = [scene.things[0] for scene in scenes]
+    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
+    return colors, torch.tensor([SHAPES.index(thing.shape) for thing in things])
+
+
+def renders(first: int) -> Iterator[tuple[Tensor, Scene]]:
+    """Endless (float [3, H, W] without sensor noise, the scene it shows)."""
     scenes = {split: single_objects(split, first) for split in ("train", "unseen")}
     k = 0
     while True:  # an eighth of the pairs are unseen ones, and so is an eighth of these scenes
         _, scene = next(scenes["unseen" if k % 8 == 0 else "train"])
-        thing = scene.things[0]
         pixels = torch.from_numpy(render(scene, SIZE)).permute(2, 0, 1).float() / 255
-        yield pixels, list(COLORS).index(thing.color), SHAPES.index(thing.shape)
+        yield pixels, scene
         k += 1
 
 
@@ -89,8 +95,8 @@ def right(judge: Judge, images: Tensor, colors: Tensor, shapes: Tensor) -> tuple
 
 
 def batch_of(source: Iterator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    pixels, colors, shapes = zip(*(next(source) for _ in range(count)))
-    return torch.stack(pixels), torch.tensor(colors), torch.tensor(shapes)
+    pixels, scenes = zip(*islice(source, count))
+    return torch.stack(pixels), *labels_of(scenes)
 
 
 def train_judge() -> Judge:
@@ -137,13 +143,6 @@ def open_run(run_dir: Path, prompts: int, candidates: int | None) -> tuple:
                 f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
             )
     return run
-
-
-def labels_of(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """The numbers [B] of the colours and of the shapes of what comes first in each scene."""
-    things = [scene.things[0] for scene in scenes]
-    colors = torch.tensor([list(COLORS).index(thing.color) for thing in things])
-    return colors, torch.tensor([SHAPES.index(thing.shape) for thing in things])
 
 
 @torch.inference_mode()

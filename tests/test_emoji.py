@@ -379,6 +379,32 @@ def test_flaws_are_what_another_picture_has_there(monkeypatch):
     assert (lab.emoji.flawed(picture) == picture).all()
 
 
+def test_the_judge_of_styles_is_three_networks_that_mirror(monkeypatch):
+    """Each has learned from other flaws; a picture and its mirror image are judged alike."""
+    decoded = []
+
+    class Colors:
+        """A dVAE of three codes, red, green and blue."""
+
+        def decode(self, tokens):
+            decoded.append(tokens)
+            return torch.nn.functional.one_hot(tokens, 3).movedim(3, 1).float()
+
+    monkeypatch.setattr(lab.emoji, "STEPS", 20)
+    torch.manual_seed(0)
+    styles = torch.arange(60) % 3
+    tokens = styles[:, None, None].expand(60, 8, 8).contiguous()
+    judge = lab.emoji.StyleJudge(Colors(), tokens, styles)
+    plain, *flawed = decoded
+    assert torch.equal(plain, tokens) and len(judge.nets) == len(flawed) == 3
+    assert not any(torch.equal(a, b) for a, b in zip(decoded, [*flawed, plain]))
+    with torch.inference_mode():
+        assert (judge(Colors().decode(tokens)) == styles).all()
+        strange = torch.rand(200, 3, 8, 8)
+        found = judge(strange)
+        assert len(found.unique()) > 1 and torch.equal(found, judge(strange.flip(3)))
+
+
 def test_memory_is_found(gallery, capsys):
     """Pictures that are copies, from training, and pictures that are the true ones."""
     asked = np.flatnonzero(gallery.parts == "unseen").tolist()

@@ -22,6 +22,7 @@ from clip import CLIP, CLIPConfig
 from data.files import middle_square
 from data.listings import area_resize
 from data.loader import words_of
+from data.toy import toy_scene, toy_world
 from dvae import DVAE, DVAEConfig
 from engine.cli import Stop, start
 from lab import describe as describing
@@ -471,3 +472,31 @@ def test_best_of_n():
             groups = [range(k, k + n) for k in range(0, 8, n)]
             best = [max(group, key=lambda c: scores[p, c]) for group in groups]  # noqa: B023
             assert share == pytest.approx(sum(good[p, c].item() for c in best) / len(best))
+
+
+@pytest.mark.parametrize("split", ["val", "unseen"])
+def test_the_judge_tries_the_dvae_on_each_split(split):
+    """With a dVAE that loses nothing the error is the sensor noise; with a judge that calls all
+    things pink cones, as many are right as there are pink cones alone in a picture."""
+
+    class Lossless:
+        def encode(self, images):
+            self.images = images
+            return torch.arange(len(images)) % 7
+
+        def decode(self, tokens):
+            return self.images
+
+    def pink_cone(x):
+        return F.one_hot(torch.tensor([7] * len(x)), 8), F.one_hot(torch.tensor([3] * len(x)), 5)
+
+    decibels, pairs = [], []
+    for index in range(512):
+        noisy, clean = (toy_world(index, 32, split, noise)[0] / 255 for noise in (True, False))
+        decibels.append(-10 * np.log10(((noisy - clean) ** 2).mean()))
+        things = toy_scene(index, split).things
+        pairs += [(thing.color, thing.shape) for thing in things if len(things) == 1]
+    psnr, share, codes = judge.judge_dvae(pink_cone, Lossless(), split)
+    assert psnr == pytest.approx(np.mean(decibels), abs=1e-3) and codes == 7
+    assert share == pytest.approx(pairs.count(("pink", "cone")) / len(pairs))
+    assert (share > 0) == (split == "unseen")
