@@ -17,7 +17,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,55 +26,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bpe import BPE
-from clip import CLIP, CLIPConfig
 from data.files import middle_square
 from data.loader import derive, images_to, words_of
 from data.sheets import sheet, to_images
-from dvae import DVAE, DVAEConfig
-from engine.checkpoint import load, load_model, write_picture
+from dvae import DVAE
+from engine.checkpoint import DTYPES, load_run, write_picture
 from engine.cli import Parser, Stop, check_output, newest_run, pick_device, start
 from scale import fast
-from transformer import Transformer, TransformerConfig, pad_text
+from transformer import Transformer, pad_text
 
 SHIPPED = Path(__file__).resolve().parent / "pretrained/tiny"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GREY = 230  # of what is not drawn yet
-
-# ---- the models of a run -------------------------------------------------------------------------
 
 
 def find_run() -> Path:
     """The newest directory under runs/ that holds all three files, else the shipped one."""
     return newest_run("prior.pt", "dvae.pt", "bpe.json") or SHIPPED
-
-
-@lru_cache(maxsize=1)
-def load_run(
-    run_dir: Path, device: str = "cpu", dtype: str = "fp32"
-) -> tuple[BPE, DVAE, Transformer, CLIP | None, dict]:
-    """The models of a run, of which the reranker may be missing, and what else prior.pt holds.
-
-    The matrices of the prior's resblocks are in `dtype`, for autocast to it: gains, biases,
-    embeddings and logits stay in 32 bits (D.2). ValueError where a file is missing or of another
-    run.
-    """
-    for name, stage in (("bpe.json", "prior"), ("dvae.pt", "dvae"), ("prior.pt", "prior")):
-        if not (run_dir / name).is_file():
-            script = f"python train_{stage}.py --run-dir {run_dir}"
-            raise ValueError(f"{run_dir} holds no {name}; train it with: {script}")
-    bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None
-    prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig, about)
-    dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)
-    text_vocabs = {bpe.vocab_size, prior.config.text_vocab}
-    if (run_dir / "clip.pt").is_file():
-        clip = load_model(run_dir / "clip.pt", CLIP, CLIPConfig).to(device)
-        text_vocabs.add(clip.config.text_vocab)
-    if len(text_vocabs) > 1 or prior.config.image_vocab != dvae.config.vocab_size:
-        raise ValueError(f"the files in {run_dir} are not of one run: their vocabularies differ")
-    for p in prior.blocks.parameters():
-        if p.ndim == 2:
-            p.data = p.data.to(DTYPES[dtype])
-    return bpe, dvae, prior.to(device), clip, {k: v for k, v in about.items() if k != "model"}
 
 
 # ---- a caption becomes text tokens ---------------------------------------------------------------

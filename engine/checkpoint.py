@@ -10,12 +10,20 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
+
+from bpe import BPE
+from clip import CLIP, CLIPConfig
+from dvae import DVAE, DVAEConfig
+from transformer import Transformer, TransformerConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write(path: Path, put: Callable) -> None:
@@ -90,6 +98,35 @@ def load_model(path: Path, Model: type, Config: type, state: dict | None = None)
             f"{path} is not a {Model.__name__} checkpoint of this project ({reason})"
         ) from error
     return model.eval()
+
+
+@lru_cache(maxsize=1)
+def load_run(
+    run_dir: Path, device: str = "cpu", dtype: str = "fp32"
+) -> tuple[BPE, DVAE, Transformer, CLIP | None, dict]:
+    """The models of a run, of which the reranker may be missing, and what else prior.pt holds.
+
+    The matrices of the prior's resblocks are in `dtype`, for autocast to it: gains, biases,
+    embeddings and logits stay in 32 bits (D.2). ValueError where a file is missing or of another
+    run.
+    """
+    for name, stage in (("bpe.json", "prior"), ("dvae.pt", "dvae"), ("prior.pt", "prior")):
+        if not (run_dir / name).is_file():
+            script = f"python train_{stage}.py --run-dir {run_dir}"
+            raise ValueError(f"{run_dir} holds no {name}; train it with: {script}")
+    bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None
+    prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig, about)
+    dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)
+    text_vocabs = {bpe.vocab_size, prior.config.text_vocab}
+    if (run_dir / "clip.pt").is_file():
+        clip = load_model(run_dir / "clip.pt", CLIP, CLIPConfig).to(device)
+        text_vocabs.add(clip.config.text_vocab)
+    if len(text_vocabs) > 1 or prior.config.image_vocab != dvae.config.vocab_size:
+        raise ValueError(f"the files in {run_dir} are not of one run: their vocabularies differ")
+    for p in prior.blocks.parameters():
+        if p.ndim == 2:
+            p.data = p.data.to(DTYPES[dtype])
+    return bpe, dvae, prior.to(device), clip, {k: v for k, v in about.items() if k != "model"}
 
 
 def check_config(path: Path, found: dict, expected) -> None:

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from data.loader import images_to
 from data.toy import COLORS as HUES
 from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
+from engine.checkpoint import load_run
 from engine.cli import Parser, start
 from engine.log import COLORS, PALE, save, subplots
 from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
-from sample import SHIPPED, encode_prompt, load_run
+from sample import SHIPPED, encode_prompt
 from transformer import Transformer
 
 HERE = Path(__file__).resolve().parent.parent

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from data.files import middle_square
 from data.loader import images_to
+from engine.checkpoint import load_run
 from engine.cli import Parser, pick_device, start
-from sample import encode_prompt, find_run, load_run
+from sample import encode_prompt, find_run
 
 
 class Description(NamedTuple):

@@ -30,10 +30,10 @@ from data.files import open_pictures
 from data.listings import area_resize, to_8_bits
 from data.loader import derive, images_to
 from data.sheets import sheet, to_images
-from engine.checkpoint import write_picture
+from engine.checkpoint import load_run, write_picture
 from engine.cli import Parser, check_output, start
 from lab.judge import CPU, best_of, draw_candidates
-from sample import find_run, load_run
+from sample import find_run
 from train_dvae import evaluate
 
 NAMES = sorted(STYLES)

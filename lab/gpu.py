@@ -28,9 +28,10 @@ import train_dvae
 import train_prior
 from data.toy import toy_scene
 from dvae import DVAE, DVAEConfig
+from engine.checkpoint import DTYPES, load_run
 from engine.cli import Parser, Stop, choose, pick_device, start
 from lab.plan import memory_of, prior_cost
-from sample import DTYPES, SHIPPED, encode_prompt, load_run, uniforms_of
+from sample import SHIPPED, encode_prompt, uniforms_of
 from scale import fast
 from scale.adamw import AdamW
 from scale.gradient_scales import GradientScales

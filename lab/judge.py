@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from data.loader import derive, images_to
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
+from engine.checkpoint import load_run
 from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
 from engine.log import save, subplots
-from sample import encode_prompt, find_run, load_run, uniforms_of
+from sample import encode_prompt, find_run, uniforms_of
 from scale import fast
 
 SIZE = 32  # pixels, of the toy world the judge knows
