@@ -1,13 +1,20 @@
 """Running the project's scripts from tests, and reading what they log."""
 
 import contextlib
+import importlib
 import io
 import json
+import multiprocessing
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+from data.loader import stop_loading
 from engine.cli import start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +39,53 @@ def call(module, *args):
             except SystemExit as stopped:
                 code = stopped.code
     return code, out.getvalue(), err.getvalue()
+
+
+# ---- trainers in processes of their own, forked from one that has the imports behind it
+
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["train_dvae", "train_prior"])
+
+
+def live(script, args, output, limits):
+    os.setsid()
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    for kind, most in limits:
+        if kind == resource.RLIMIT_AS:  # so much more than now
+            most += 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4
+        resource.setrlimit(kind, (most, most))
+    sys.argv = [f"{script}.py", *args]
+    try:
+        start(importlib.import_module(script).main)
+    finally:
+        stop_loading()  # what a script's own end does
+
+
+class Trainer:
+    """A trainer in such a process; as much of a Popen as is needed."""
+
+    def __init__(self, script, run_dir, *args, limits=()):
+        self.output = run_dir / "output.txt"
+        self.begin = self.output.stat().st_size if self.output.exists() else 0
+        target = (script, [str(arg) for arg in args], self.output, limits)
+        self.process = forks.Process(target=live, args=target)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self):
+        self.process.join(120)
+        return self.process.exitcode
+
+    def said(self):
+        """The lines it wrote, without its bar."""
+        written = self.output.read_bytes()[self.begin :].decode().replace("\r", "\n").splitlines()
+        return [line for line in written if line.strip() and "%|" not in line]
 
 
 def log_of(run_dir, *stages):

@@ -15,6 +15,7 @@ from engine.cli import start
 
 SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
 SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]
+SMALL += ["--bpe-captions", "500"]
 
 
 def new_run(run_dir):

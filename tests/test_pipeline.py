@@ -74,8 +74,10 @@ def test_flat_logos_keep_their_codes(tmp_path):
     β and their gain 32 of 256 codes are left here after as many updates, with them 113."""
     drawings.write("logos", tmp_path / "logos")
     options = ["--steps", 400, "--eval-every", 400, "--val", tmp_path / "logos"]
-    run("train_dvae.py", "--tiny", "--data", tmp_path / "logos", "--run-dir", tmp_path, *options)
-    assert last(tmp_path, "dvae", "codes") > 50
+    code, *_ = call(
+        train_dvae, "--tiny", "--data", tmp_path / "logos", "--run-dir", tmp_path, *options
+    )
+    assert code == 0 and last(tmp_path, "dvae", "codes") > 50
 
 
 def test_few_codes_are_said_once(tmp_path, monkeypatch):
@@ -180,14 +182,15 @@ def photos(folder):
 def test_own_pictures(tmp_path):
     folder, run_dir = photos(tmp_path / "photos"), tmp_path / "run"
     options = ["--run-dir", run_dir, "--steps", 4, "--batch-size", 16]
-    _, errors = run("train_dvae.py", "--tiny", "--data", folder, *options)
-    assert errors.count("broken.jpg cannot be read") == 1 and "Traceback" not in errors
-    out, errors = run("train_prior.py", *options)
+    code, _, errors = call(train_dvae, "--tiny", "--data", folder, *options)
+    assert code == 0 and errors.count("broken.jpg cannot be read") == 1
+    code, out, errors = call(train_prior, *options)
+    assert code == 0
     assert errors.count("broken.jpg cannot be read") == errors.count("silent.txt holds no") == 1
     assert str(folder) in out  # the dVAE's data, unless told otherwise
     assert (run_dir / "samples.png").exists()
-    run("train_prior.py", *options, "--dtype", "fp16")
-    assert last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
+    code, *_ = call(train_prior, *options, "--dtype", "fp16")
+    assert code == 0 and last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SHORT = ["--batch-size", 4, "--steps", 2, "--log-every", 1]
 SMALL = ["--n-hid", 8, "--n-init", 8, "--vocab-size", 16, *SHORT]
-SMALL_PRIOR = ["--n-layer", 2, "--n-head", 2, "--d-head", 8, *SHORT]
+SMALL_PRIOR = ["--n-layer", 2, "--n-head", 2, "--d-head", 8, "--bpe-captions", 500, *SHORT]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from scripts import call, run
 from torch import nn
 
+import sample
+import train_prior
 from dvae import DVAE, DVAEConfig, map_pixels
 from engine import openai
 from engine.checkpoint import load, load_model
@@ -231,9 +233,10 @@ def test_the_prior_trains_on_it(release, tmp_path):
     folder, *_ = release
     files = folder / "encoder.pkl", folder / "decoder.pkl"
     call(openai, *files, "--run-dir", tmp_path, "--image-size", 32)
-    run("train_prior.py", "--tiny", "--run-dir", tmp_path, "--steps", 2, "--batch-size", 4)
+    options = ["--steps", 2, "--batch-size", 4, "--bpe-captions", 500]
+    assert call(train_prior, "--tiny", "--run-dir", tmp_path, *options)[0] == 0
     picture = tmp_path / "picture.png"
-    run("sample.py", "a red cube", "--run-dir", tmp_path, "-o", picture)
+    assert call(sample, "a red cube", "--run-dir", tmp_path, "-o", picture)[0] == 0
     assert picture.exists()
 
 

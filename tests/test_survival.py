@@ -2,10 +2,8 @@
 that are damaged or mean harm. The long version of the first is `make soak`."""
 
 import contextlib
-import importlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,7 +22,7 @@ import soak
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripts import log_of
+from scripts import ROOT, Trainer, log_of
 
 import engine.state as run_state
 import train_clip
@@ -32,7 +30,6 @@ import train_dvae
 import train_prior
 from bpe import BPE
 from clip import CLIP, CLIPConfig
-from data.loader import stop_loading
 from dvae import DVAE, DVAEConfig
 from engine import checkpoint, openai
 from engine.cli import start
@@ -42,55 +39,16 @@ from lab import judge
 from scale.parallel import World
 from transformer import Transformer, TransformerConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "pretrained/tiny"
 SCRIPTS = {"train_dvae": soak.DVAE, "train_prior": soak.PRIOR}
 
-# ---- runs in processes of their own, forked from one that has the imports behind it
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_dvae", "train_prior"])
-
-
-def live(script, args, output, limits):
-    os.setsid()
-    with open(output, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    for kind, most in limits:
-        if kind == resource.RLIMIT_AS:  # so much more than now
-            most += 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4
-        resource.setrlimit(kind, (most, most))
-    sys.argv = [f"{script}.py", *args]
-    try:
-        start(importlib.import_module(script).main)
-    finally:
-        stop_loading()  # what a script's own end does
-
-
-class Run:
-    """A trainer in a process of its own; as much of a Popen as is needed."""
+class Run(Trainer):
+    """One of `make soak`'s miniatures."""
 
     def __init__(self, script, run_dir, *args, limits=()):
-        self.output = run_dir / "output.txt"
-        self.begin = self.output.stat().st_size if self.output.exists() else 0
-        args = [*SCRIPTS[script], *soak.places(run_dir), *map(str, args)]
-        self.process = context.Process(target=live, args=(script, args, self.output, limits))
-        self.process.start()
-        self.pid = self.process.pid
-
-    def poll(self):
-        return self.process.exitcode
-
-    def wait(self):
-        self.process.join(120)
-        return self.process.exitcode
-
-    def said(self):
-        """The lines it wrote, without its bar."""
-        written = self.output.read_bytes()[self.begin :].decode().replace("\r", "\n").splitlines()
-        return [line for line in written if line.strip() and "%|" not in line]
+        options = [*SCRIPTS[script], *soak.places(run_dir), *args]
+        super().__init__(script, run_dir, *options, limits=limits)
 
     def complaints(self):
         return [line for line in self.said() if line.startswith(("train_", "warning", "Trace"))]
