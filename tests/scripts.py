@@ -44,11 +44,13 @@ def call(module, *args):
 # ---- trainers in processes of their own, forked from one that has the imports behind it
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["train_dvae", "train_prior"])
+forks.set_forkserver_preload(["train_dvae", "train_prior", "torch._dynamo", "matplotlib.figure"])
 
 
-def live(script, args, output, limits):
+def live(script, args, output, limits, env):
     os.setsid()
+    os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # of its loading processes, as elsewhere
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -67,11 +69,11 @@ def live(script, args, output, limits):
 class Trainer:
     """A trainer in such a process; as much of a Popen as is needed."""
 
-    def __init__(self, script, run_dir, *args, limits=()):
+    def __init__(self, script, run_dir, *args, limits=(), **env):
         self.output = run_dir / "output.txt"
         self.begin = self.output.stat().st_size if self.output.exists() else 0
-        target = (script, [str(arg) for arg in args], self.output, limits)
-        self.process = forks.Process(target=live, args=target)
+        args = [str(arg) for arg in args]
+        self.process = forks.Process(target=live, args=(script, args, self.output, limits, env))
         self.process.start()
         self.pid = self.process.pid
 

@@ -1,13 +1,13 @@
 """Replicated, sharded, compressed, resumed by more or fewer processes: the same run."""
 
-import os
 import shutil
-import subprocess
+import socket
 import sys
 
 import pytest
+import soak
 import torch
-from scripts import ROOT, log_of
+from scripts import Trainer, log_of
 
 import train_prior
 from engine import checkpoint
@@ -18,31 +18,25 @@ SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "-
 SMALL += ["--bpe-captions", "500"]
 
 
-def new_run(run_dir):
-    run_dir.mkdir()
-    for name in ("bpe.json", "dvae.pt"):
-        shutil.copy(ROOT / "pretrained/tiny" / name, run_dir)
-    return run_dir
-
-
 def alone(monkeypatch, run_dir, *options):
-    command = ["train_prior.py", *SMALL, "--run-dir", str(run_dir), *options]
+    command = ["train_prior.py", *SMALL, *soak.places(run_dir), *options]
     monkeypatch.setattr(sys, "argv", command)
     start(train_prior.main)
 
 
 def together(run_dir, *options, processes=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, "train_prior.py", *SMALL, "--run-dir", str(run_dir), *options]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """What torchrun would start; it is tried in test_resume.py and test_survival.py."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    every = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    every |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    args = [*SMALL, *soak.places(run_dir), *options]
+    ranks = [
+        Trainer("train_prior", run_dir, *args, **every, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(processes)
+    ]
+    assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].said()
 
 
 def losses(run_dir):
@@ -53,7 +47,7 @@ def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
     """Losses to 1e-5 over 10 steps: alone; replicated, with gradients between the two compressed
     at full rank; sharded, with activations computed again. Saved on two and resumed on one, and
     back, through both kinds of state."""
-    one = new_run(tmp_path / "one")
+    one = soak.new_run(tmp_path / "one")
     alone(monkeypatch, one, "--steps", "5")
     rates = [entry["lr"] for entry in log_of(one) if "lr" in entry]
     assert rates == pytest.approx([3e-3 * k / 5 for k in range(1, 6)])  # the warm-up is linear
@@ -64,13 +58,13 @@ def test_one_run_however_it_is_spread(tmp_path, monkeypatch):
     averaged = checkpoint.load(one / "prior_state.pt")["n_averaged"]
     assert averaged == 3  # after the first update, and every five
 
-    replicated = new_run(tmp_path / "replicated")
+    replicated = soak.new_run(tmp_path / "replicated")
     together(replicated, "--steps", "10", "--micro-batch", "2", "--powersgd-rank", "128")
     assert losses(replicated) == pytest.approx(expected, abs=1e-5)
     errors = checkpoint.load(replicated / "prior_state.pt")["errors"]
     assert 0 < max(e.abs().max() for e in errors.values()) < 1e-4
 
-    sharded = new_run(tmp_path / "sharded")
+    sharded = soak.new_run(tmp_path / "sharded")
     together(sharded, "--steps", "5", "--shard", "--checkpoint-activations")
     assert (sharded / "prior_state").is_dir() and not (sharded / "prior_state.pt").exists()
     alone(monkeypatch, sharded, "--steps", "10", "--resume")

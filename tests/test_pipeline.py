@@ -33,7 +33,7 @@ def last(run_dir, stage, name):
 def tiny_run(tmp_path_factory):
     """A miniature of the tiny preset: both stages, some hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
-    options = ["--run-dir", run_dir, "--eval-every", 350]
+    options = ["--run-dir", run_dir, "--eval-every", 500]
     run("train_dvae.py", "--tiny", "--steps", 500, "--ema", 0.95, "--log-every", 10, *options)
     run("train_prior.py", "--steps", 140, "--ema", 0.8, "--batch-size", 16, *options)
     return run_dir
@@ -83,7 +83,7 @@ def test_flat_logos_keep_their_codes(tmp_path):
 def test_few_codes_are_said_once(tmp_path, monkeypatch):
     found = {"val_psnr": 9.0, "codes": 3, "elb": 0.0, "relaxed_elb": 0.0}
     monkeypatch.setattr(train_dvae, "evaluate", lambda *_: found)
-    options = ["--steps", 20, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
+    options = ["--steps", 5, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
     code, out, err = call(train_dvae, "--tiny", "--run-dir", tmp_path, *options)
     assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
 

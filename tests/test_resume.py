@@ -1,14 +1,13 @@
 """Interrupted and resumed, alone and with others: the same run."""
 
 import os
-import shutil
 import signal
 import time
 
 import pytest
 import soak
 import torch
-from scripts import ROOT, Trainer, log_of, run
+from scripts import Trainer, log_of, run
 
 
 def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
@@ -43,16 +42,12 @@ def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
 
 def test_torchrun_gives_the_same_losses(tmp_path):
     """Two processes with gloo against one, the same global batch."""
-    losses = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        run_dir = tmp_path / str(len(losses))
-        run_dir.mkdir()
-        for name in ("dvae.pt", "bpe.json"):
-            shutil.copy(ROOT / "pretrained/tiny" / name, run_dir)
-        options = ["--steps", 6, "--warmup-steps", 6, "--log-every", 1, "--batch-size", 8]
-        options += ["--micro-batch", 2, "--bpe-captions", 500]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        run(*launcher, "train_prior.py", "--run-dir", run_dir, *options, env=one_thread)
-        losses.append([e["loss"] for e in log_of(run_dir, "prior") if "loss" in e])
-    assert len(losses[0]) == 6
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    options = ["--steps", 6, "--warmup-steps", 6, "--log-every", 1, "--batch-size", 8]
+    options += ["--micro-batch", 2, "--bpe-captions", 500]
+    one, two = soak.new_run(tmp_path / "one"), soak.new_run(tmp_path / "two")
+    assert Trainer("train_prior", one, *soak.places(one), *options).wait() == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run(*launcher, "train_prior.py", *soak.places(two), *options, env=one_thread)
+    a, b = ([e["loss"] for e in log_of(run_dir, "prior") if "loss" in e] for run_dir in (one, two))
+    assert len(a) == 6 and a == pytest.approx(b, abs=1e-5)

@@ -101,7 +101,7 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Three of the kills of `make soak`, one of each kind."""
+    """Three of the kills of `make soak`, one of each kind; a fourth when something is saved."""
     whole, broken = soak.new_run(tmp_path / "whole"), soak.new_run(tmp_path / "broken")
     assert Run("train_dvae", whole, "--steps", 80).wait() == 0
     (broken / "dvae_state.pt.tmp").write_bytes(b"PK half a checkpoint of an earlier run")
@@ -111,6 +111,9 @@ def test_killed_at_any_moment(tmp_path):
 
     met = soak.torture(go_on, broken, soak.KINDS, random.Random(0), 1)
     assert sum(met.values()) == 3
+    fourth = go_on()
+    soak.wait_for((broken / "dvae_state.pt").exists, fourth)
+    soak.kill_all(fourth)
     last = go_on()
     assert last.wait() == 0, last.said()
     assert any("steps" in line and "steps 0 to" not in line for line in last.said())
