@@ -165,7 +165,7 @@ def main() -> None:
                 if is_early and scores["codes"] < config.vocab_size / 4 < tokens / 16:
                     run.say(
                         f"warning: only {scores['codes']} of {config.vocab_size} codes are in use; "
-                        "they seldom come back: try a larger --kl-weight, or a smaller --lr"
+                        "they seldom come back: begin again with twice the --kl-weight"
                     )
                 run.picture("dvae.png", reconstructions(ema.module, val_images[:16]))
     run.say(
