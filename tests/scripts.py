@@ -95,3 +95,8 @@ def log_of(run_dir, *stages):
     entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     entries = [entry for entry in entries if "settings" not in entry]
     return [entry for entry in entries if not stages or entry["stage"] in stages]
+
+
+def last(run_dir, stage, name):
+    """The last value of that name in a run's log."""
+    return [entry[name] for entry in log_of(run_dir, stage) if name in entry][-1]
