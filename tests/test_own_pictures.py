@@ -1,4 +1,4 @@
-"""Pictures that people bring: flat ones, whose codes must stay in use; folders with broken files."""
+"""Pictures that people bring: flat ones keep their codes, broken ones are passed over."""
 
 import random
 
