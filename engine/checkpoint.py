@@ -23,6 +23,7 @@ from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
 from transformer import Transformer, TransformerConfig
 
+MAKERS = {"dvae.pt": "train_dvae.py", "bpe.json": "train_prior.py", "prior.pt": "train_prior.py"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,6 +101,14 @@ def load_model(path: Path, Model: type, Config: type, state: dict | None = None)
     return model.eval()
 
 
+def check_holds(run_dir: Path, *names: str) -> None:
+    """ValueError where a run's directory lacks one of these files: which, and what makes it."""
+    for name in names:
+        if not (run_dir / name).is_file():
+            command = f"python {MAKERS[name]} --run-dir {run_dir}"
+            raise ValueError(f"{run_dir} holds no {name}; train it with: {command}")
+
+
 @lru_cache(maxsize=1)
 def load_run(
     run_dir: Path, device: str = "cpu", dtype: str = "fp32"
@@ -110,10 +119,7 @@ def load_run(
     embeddings and logits stay in 32 bits (D.2). ValueError where a file is missing or of another
     run.
     """
-    for name, stage in (("bpe.json", "prior"), ("dvae.pt", "dvae"), ("prior.pt", "prior")):
-        if not (run_dir / name).is_file():
-            script = f"python train_{stage}.py --run-dir {run_dir}"
-            raise ValueError(f"{run_dir} holds no {name}; train it with: {script}")
+    check_holds(run_dir, "bpe.json", "dvae.pt", "prior.pt")
     bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None
     prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig, about)
     dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)

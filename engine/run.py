@@ -57,9 +57,8 @@ from scale.parallel import (
 )
 from scale.powersgd import PowerSGD
 
-# what a stage finds in its run directory, and who puts it there
+# what a stage finds in its run directory
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
-MAKERS = {"dvae.pt": "train_dvae.py", "bpe.json": "train_prior.py"}
 # what a new run of a stage replaces: keeping it would mix two runs
 REPLACES = {
     "dvae": ("dvae.pt", "bpe.json", "prior.pt", "clip.pt"),
@@ -87,10 +86,7 @@ class Run:
             self.dir = args.run_dir or self.world.share(lambda: newest_run(*NEEDS[stage]))
             if self.dir is None:
                 raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
-            for name in NEEDS[stage]:
-                if not (self.dir / name).is_file():
-                    command = f"python {MAKERS[name]} --run-dir {self.dir}"
-                    raise ValueError(f"{self.dir} holds no {name}; train it with: {command}")
+            checkpoint.check_holds(self.dir, *NEEDS[stage])
             self.dvae = dvae = checkpoint.load(self.dir / "dvae.pt")
             self.preset = args.preset or dvae.get("preset")
             self.data = args.data or dvae.get("data")

@@ -6,7 +6,7 @@ import io
 import json
 import multiprocessing
 import os
-import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,12 +50,15 @@ forks.set_forkserver_preload(["train_dvae", "train_prior", "torch._dynamo", "mat
 def live(script, args, output, limits, env):
     os.setsid()
     os.environ.update(env)
-    multiprocessing.set_start_method("fork", force=True)  # of its loading processes, as elsewhere
+    # or its loading process would start a fork server of its own, which imports all again
+    multiprocessing.set_start_method("fork", force=True)
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     for kind, most in limits:
+        import resource  # which Windows lacks
+
         if kind == resource.RLIMIT_AS:  # so much more than now
             most += 1024 * int(Path("/proc/self/statm").read_text().split()[0]) * 4
         resource.setrlimit(kind, (most, most))
@@ -88,6 +91,12 @@ class Trainer:
         """The lines it wrote, without its bar."""
         written = self.output.read_bytes()[self.begin :].decode().replace("\r", "\n").splitlines()
         return [line for line in written if line.strip() and "%|" not in line]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def log_of(run_dir, *stages):

@@ -2,12 +2,12 @@
 
 import copy
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scripts import free_port
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -162,7 +162,4 @@ def sharded(mesh, moments):
 
 
 def test_sharded_and_resumed():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_two_gpus, (port,), nprocs=2)
+    mp.spawn(on_two_gpus, (free_port(),), nprocs=2)

@@ -28,6 +28,7 @@ def test_few_codes_are_said_once(tmp_path, monkeypatch):
     options = ["--steps", 5, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
     code, out, err = call(train_dvae, "--tiny", "--run-dir", tmp_path, *options)
     assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
+    assert "begin again with twice the --kl-weight" in out
 
 
 def photos(folder):
@@ -51,6 +52,7 @@ def test_own_pictures(tmp_path):
     options = ["--run-dir", run_dir, "--steps", 4, "--batch-size", 16]
     code, _, errors = call(train_dvae, "--tiny", "--data", folder, *options)
     assert code == 0 and errors.count("broken.jpg cannot be read") == 1
+    assert "Traceback" not in errors
     code, out, errors = call(train_prior, *options)
     assert code == 0
     assert errors.count("broken.jpg cannot be read") == errors.count("silent.txt holds no") == 1

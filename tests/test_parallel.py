@@ -1,13 +1,12 @@
 """Replicated, sharded, compressed, resumed by more or fewer processes: the same run."""
 
 import shutil
-import socket
 import sys
 
 import pytest
 import soak
 import torch
-from scripts import Trainer, log_of
+from scripts import Trainer, free_port, log_of
 
 import train_prior
 from engine import checkpoint
@@ -24,19 +23,17 @@ def alone(monkeypatch, run_dir, *options):
     start(train_prior.main)
 
 
-def together(run_dir, *options, processes=2):
-    """What torchrun would start; it is tried in test_resume.py and test_survival.py."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    every = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    every |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+def together(run_dir, *options):
+    """The two processes that torchrun would start; it is tried in test_resume.py and
+    test_survival.py."""
+    every = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    every |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     args = [*SMALL, *soak.places(run_dir), *options]
     ranks = [
         Trainer("train_prior", run_dir, *args, **every, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(processes)
+        for rank in range(2)
     ]
-    assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].said()
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()
 
 
 def losses(run_dir):

@@ -1,6 +1,5 @@
 """Appendix E, step by step and between two processes; Tables 1 and 2."""
 
-import socket
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scripts import free_port
 from test_formats import magnitudes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -169,12 +169,6 @@ def on_two_machines(rank: int, port: int, folder: Path) -> None:
     plain, compressed = train(False), train(True)
     assert plain < 0.27 and compressed < 1.07 * plain, (plain, compressed)
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def test_powersgd_between_two_machines(tmp_path):

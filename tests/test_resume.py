@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import pytest
 import soak
@@ -13,26 +12,24 @@ from scripts import Trainer, log_of, run
 def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
     """Interrupted by Ctrl-C somewhere, both stages end with the same bits."""
     whole, broken = soak.new_run(tmp_path / "whole"), soak.new_run(tmp_path / "broken")
+    log, prior = broken / "log.jsonl", ["--ema-every", 1, "--batch-size", 8, "--plateau-steps", 5]
+    options = {"dvae": ["--tiny"], "prior": [*prior, "--bpe-captions", 500]}
     every = ["--steps", 40, "--eval-every", 40, "--log-every", 2]
-    prior = ["--ema-every", 1, "--batch-size", 8, "--plateau-steps", 5, "--bpe-captions", 500]
-    for stage, options in (("dvae", ["--tiny"]), ("prior", prior)):
-        script, name = f"train_{stage}", f"{stage}.pt"
 
-        def launch(run_dir, *more, command=(script, options)):
-            script, options = command
-            return Trainer(script, run_dir, *options, *every, *soak.places(run_dir), *more)
+    def launch(stage, run_dir, *more):
+        args = [*options[stage], *every, *soak.places(run_dir), *more]
+        return Trainer(f"train_{stage}", run_dir, *args)
 
-        assert launch(whole).wait() == 0
-        process, log = launch(broken), broken / "log.jsonl"
-        deadline = time.time() + 120
-        while not (log.exists() and f'"stage": "{stage}", "step": 4' in log.read_text()):
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.05)
+    for stage in options:
+        assert launch(stage, whole).wait() == 0
+        process, begun = launch(stage, broken), f'"stage": "{stage}", "step": 4'
+        soak.wait_for(lambda: log.exists() and begun in log.read_text(), process)  # noqa: B023
         os.kill(process.pid, signal.SIGINT)
         assert process.wait() == 130
         assert "go on with --resume" in process.said()[-1]
-        assert launch(broken, "--resume").wait() == 0
-        a, b = (torch.load(run_dir / name, weights_only=True) for run_dir in (whole, broken))
+        assert launch(stage, broken, "--resume").wait() == 0
+        paths = (run_dir / f"{stage}.pt" for run_dir in (whole, broken))
+        a, b = (torch.load(path, weights_only=True) for path in paths)
         assert a["step"] == b["step"] == 40
         for key, value in a["model"].items():
             assert (value == b["model"][key]).all(), key
