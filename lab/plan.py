@@ -74,23 +74,29 @@ def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tupl
 
     use_blocks(model)
 
-    def run() -> Tensor:  # Transformer.loss, but for autocast, which meta does not have
+    def ends() -> Tensor:  # Transformer.loss, but for its resblocks, and autocast, which meta lacks
         x = model.embed(text, image)
-        for block in model.blocks:
-            x = x + block(x)
         text_logits = model.text_head(model.norm(x[:, : config.text_len - 1]))
         image_logits = model.image_head(model.norm(x[:, config.text_len :]))
         return mean_cross_entropy(text_logits, text[:, 1:]) + mean_cross_entropy(
             image_logits, image
         )
 
-    cost = measure(run, model)
+    def resblocks() -> list[Cost]:  # each kind is measured once: all of a kind have the same shapes
+        x = model.embed(text, image).detach().requires_grad_()
+        kinds = [getattr(block, "kind", "mlp") for block in model.blocks]
+        of_kind = {
+            kind: measure(lambda block=block: block(x).sum(), block)
+            for kind, block in dict(zip(kinds, model.blocks)).items()
+        }
+        return [of_kind[kind] for kind in kinds]
+
+    costs = [measure(ends, model), *resblocks()]
     if again:
-        once = cost.kept / len(model.blocks)  # one resblock's, while it is computed again
+        once = max(cost.kept for cost in costs[1:])  # of one resblock, while it is computed again
         checkpoint_activations(model.blocks)
-        cost = measure(run, model)
-        cost.kept += round(once)
-    return model, cost
+        costs = [costs[0], Cost(0, once), *resblocks()]
+    return model, Cost(sum(c.flops for c in costs), sum(c.kept for c in costs))
 
 
 def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn.Module, Cost]:
