@@ -125,7 +125,7 @@ def draw(
     device, run_dir = pick_device(device), Path(run_dir or find_run())
     bpe, dvae, prior, clip, about = load_run(run_dir, str(device), dtype)
     clip = clip if candidates > 1 else None  # one needs no choice
-    if clip is None and top not in (None, candidates):
+    if clip is None and candidates > 1 and top:
         script = f"python train_clip.py --run-dir {run_dir}"
         raise ValueError(f"{run_dir} holds no clip.pt, which chooses the top {top}: {script}")
     if guidance is not None and not (guidance >= 0 and about.get("caption_dropout")):
@@ -270,7 +270,7 @@ def parse(argv: list[str] | None = None) -> dict:
     args = vars(make_parser().parse_intermixed_args(argv))
     if file := args.pop("prompts"):
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts {file} is no UTF-8 text ({error})") from error
         args["prompt"] += [line.strip() for line in lines if line.strip()]

@@ -117,7 +117,7 @@ def main() -> None:
             raise ValueError(f"--text-vocab {args.text_vocab}: the BPE has {bpe.vocab_size} pieces")
         hp = choose(CLIPTraining, PRESETS[run.preset], args)
         config = replace(choose(CLIPConfig, PRESETS[run.preset], args), text_vocab=bpe.vocab_size)
-        train, val = open_dataset(run.data, run.image_size, args.val, filters=args.filters)
+        train, val = open_dataset(run.data, run.image_size, run.val, filters=args.filters)
         pair = partial(prepare, size=run.image_size, bpe=bpe, text_len=config.text_len)
         batches = run.batches(train, pair, hp.batch_size)
         # Gradients of parts of a batch do not add up to that of a contrastive loss, in which every

@@ -129,7 +129,7 @@ def main() -> None:
         hp = choose(DVAETraining, PRESETS[run.preset], args)
         if hp.image_size % config.factor:
             raise ValueError(f"--image-size {hp.image_size} is not a multiple of {config.factor}")
-        train, val = open_dataset(run.data, hp.image_size, args.val, False, args.filters)
+        train, val = open_dataset(run.data, hp.image_size, run.val, False, args.filters)
         prepare_image = partial(prepare, size=hp.image_size)
         batches = run.batches(train, prepare_image, hp.batch_size)
         (val_images,) = run.held_out(val, prepare_image, 512)

@@ -33,6 +33,7 @@ from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
 from scale import fast
 from scale.adamw import AdamW
+from scale.parallel import matrices
 from transformer import Transformer, TransformerConfig, pad_text
 
 
@@ -137,7 +138,7 @@ def frequent_words(captions: Iterator[str], most: int = 100_000) -> list[str]:
 def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iterator[str]) -> BPE:
     """The BPE of the weights to fine-tune, or of the run, or one trained on the captions."""
     paths = [run.dir / "bpe.json"]
-    if args.init_from and not args.resume:
+    if args.init_from and not (args.resume and (run.dir / "prior.pt").exists()):
         paths.insert(0, args.init_from.parent / "bpe.json")
     path = run.world.share(lambda: next((p for p in paths if p.exists()), None))
     if path is None:
@@ -211,7 +212,7 @@ def main() -> None:
                 raise ValueError(f"--{name} {getattr(args, name)}: the dVAE's is {value}")
         hp = choose(PriorTraining, PRESETS[run.preset], args)
         config = choose(TransformerConfig, PRESETS[run.preset] | sizes, args)
-        train, val = open_dataset(run.data, run.image_size, args.val, filters=args.filters)
+        train, val = open_dataset(run.data, run.image_size, run.val, filters=args.filters)
         bpe = find_bpe(run, args, config.text_vocab, captions_of(train, hp.bpe_captions))
         config = replace(config, text_vocab=bpe.vocab_size)
         pair = partial(prepare, size=run.image_size, bpe=bpe, text_len=config.text_len)
@@ -221,8 +222,7 @@ def main() -> None:
 
         model = run.begin(Transformer, config, hp)
         fast.use_blocks(model)
-        if run.world.is_main:
-            bpe.save(run.dir / "bpe.json")
+        run.keep_bpe(bpe)
         ema = run.average(model, hp.ema)
         # Weight decay on everything: our reading, for the paper exempts nothing.
         adamw = AdamW(
@@ -232,7 +232,7 @@ def main() -> None:
             eps=hp.eps,
             weight_decay=hp.weight_decay,
             variance_clip=hp.variance_clip,
-            moments=args.moments,
+            in_16_bits=[p for _, p in matrices(model)] if args.moments == 16 else [],
         )
         halving = Halving()
         about = {"image_size": run.image_size, "caption_dropout": hp.caption_dropout}

@@ -23,7 +23,12 @@ from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
 from transformer import Transformer, TransformerConfig
 
-MAKERS = {"dvae.pt": "train_dvae.py", "bpe.json": "train_prior.py", "prior.pt": "train_prior.py"}
+MAKERS = {
+    "dvae.pt": "train_dvae.py",
+    "bpe.json": "train_prior.py",
+    "prior.pt": "train_prior.py",
+    "clip.pt": "train_clip.py",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,15 +71,16 @@ def save(path: Path, state: dict) -> None:
     write(path, lambda file: torch.save(state, file))
 
 
-def load(path: Path) -> dict:
+def load(path: Path, weights: bool = True) -> dict:
     """Read a checkpoint: tensors and plain data only. ValueError for anything else, and for a
-    damaged file: torch.load itself checks no sums."""
+    damaged file: torch.load itself checks no sums. Without `weights` those are not read, and what
+    stands beside them is unchecked."""
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() if weights else None
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not weights)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
@@ -82,7 +88,7 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
-    return state
+    return state if weights else {k: v for k, v in state.items() if k != "model"}
 
 
 def load_model(path: Path, Model: type, Config: type, state: dict | None = None) -> nn.Module:

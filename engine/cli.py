@@ -119,7 +119,7 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise")
     add("--device", help="cuda, mps or cpu; default: the best one there")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of products (2.4, D)")
-    add("--workers", type=int, default=1, choices=range(65), metavar="N", help="loading processes")
+    add("--workers", type=int, default=1, metavar="N", help="loading processes, up to 64")
     add("--resume", action="store_true", help="continue the run in --run-dir")
     add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
     if shards:

@@ -59,7 +59,7 @@ class Log:
     def precedes(self, line: bytes, start: int) -> bool:
         try:
             entry = json.loads(line)
-            return entry["stage"] != self.stage or entry["step"] <= start
+            return entry["stage"] != self.stage or start > 0 and entry["step"] <= start
         except (ValueError, KeyError, TypeError):
             return False  # the torn last line of a killed run
 
@@ -92,7 +92,7 @@ def shipped_values(stage: str, settings: dict) -> dict[int, dict]:
                 values.setdefault(entry["step"], {}).update(entry)
         theirs = values[0]["settings"]
         same = all(theirs[name] == settings[name] for name in ("preset", "steps"))
-        same = same and Path(theirs["data"]).name == Path(settings["data"]).name
+        same = same and Path(theirs["data"]).parts[-2:] == Path(settings["data"]).parts[-2:]
     except (OSError, ValueError, KeyError, TypeError):  # none, or one that somebody is rewriting
         return {}
     return values if same else {}

@@ -37,11 +37,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bpe import BPE
 from data.loader import Samples, derive, held_out, images_to, micro_batches
 from engine import checkpoint, state
 from engine.cli import Stop, check_batches, newest_run, pick_device
 from engine.log import Bar, Log, beside_shipped, draw_curves, going_on
-from scale.gradient_scales import GradientScales
+from scale.gradient_scales import GradientScales, sum_bias_gradients_in_32_bits
 from scale.parallel import (
     Loss,
     all_finite,
@@ -51,6 +52,7 @@ from scale.parallel import (
     fill,
     launch,
     machine_mesh,
+    matrices,
     replicate,
     shard,
     shut_down,
@@ -59,9 +61,11 @@ from scale.powersgd import PowerSGD
 
 # what a stage finds in its run directory
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
+# whose preset and data a stage goes on with, the first that is there; with --resume its own
+GOES_ON_FROM = {"dvae": [], "prior": ["dvae.pt"], "clip": ["prior.pt", "dvae.pt"]}
 # what a new run of a stage replaces: keeping it would mix two runs
 REPLACES = {
-    "dvae": ("dvae.pt", "bpe.json", "prior.pt", "clip.pt"),
+    "dvae": ("dvae.pt", "bpe.json", "prior.pt", "clip.pt", "log.jsonl"),
     "prior": ("prior.pt",),
     "clip": ("clip.pt",),
 }
@@ -70,31 +74,40 @@ REPLACES = {
 class Run:
     """A run of a stage, "dvae", "prior" or "clip", with the options of `engine.cli`.
 
-    `dir` is its directory; `preset` and `data` are what the options say, or else the run's dVAE,
-    or else the defaults. ValueError where something that the stage needs is not there.
+    `dir` is its directory; `preset`, `data` and `val` are what the options say, or else those of
+    the run so far, or else the defaults. ValueError where something that the stage needs is not
+    there.
     """
 
     def __init__(self, stage: str, args: argparse.Namespace):
         self.stage, self.args = stage, args
         self.world = launch(pick_device(args.device), bool(args.device))
         self.device = self.world.device
+        if not 0 <= args.workers <= 64:
+            raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
         if stage == "dvae":
-            self.preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
-            self.data = args.data or "toy"
-            self.dir = args.run_dir or Path("runs") / self.preset
+            preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
+            self.dir = args.run_dir or Path("runs") / preset
         else:
-            self.dir = args.run_dir or self.world.share(lambda: newest_run(*NEEDS[stage]))
+            self.dir = args.run_dir or self.world.share(
+                lambda: newest_run(*NEEDS[stage]) or newest_run("dvae.pt")
+            )
             if self.dir is None:
                 raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
             checkpoint.check_holds(self.dir, *NEEDS[stage])
-            self.dvae = dvae = checkpoint.load(self.dir / "dvae.pt")
-            self.preset = args.preset or dvae.get("preset")
-            self.data = args.data or dvae.get("data")
-            self.image_size = dvae.get("image_size")
-            if self.preset not in args.presets or not (self.data and self.image_size):
-                raise ValueError(
-                    f"{self.dir}/dvae.pt does not say how it was trained: make it again"
-                )
+            self.dvae = checkpoint.load(self.dir / "dvae.pt")
+            self.image_size = self.dvae.get("image_size")
+        names = [f"{stage}.pt"] * args.resume + GOES_ON_FROM[stage]
+        source = next((p for p in (self.dir / name for name in names) if p.is_file()), None)
+        about = (
+            checkpoint.load(source, weights=False) if source else dict(preset=preset, data="toy")
+        )
+        self.preset, self.data = args.preset or about.get("preset"), args.data or about.get("data")
+        self.val = args.val if args.val or args.data else about.get("val")
+        if self.preset not in args.presets or (stage != "dvae" and not self.image_size):
+            raise ValueError(f"{source} does not say how it was trained: make it again")
+        if self.data is None:
+            raise ValueError(f"{source} does not say on what data: give --data")
         self.start, self.step, self.begun, self.stopping = 0, 0, False, 0
         self.skipped = self.skipped_in_a_row = 0
         # in float16 a scale that is too large takes up to 125 updates for each division by √2 (D)
@@ -153,7 +166,10 @@ class Run:
         --init-from names is not there, damaged, or of other sizes."""
         args, self.config, self.hp = self.args, config, hp
         self.path = self.dir / f"{self.stage}_state.pt"
-        self.settings = asdict(hp) | {"data": self.data, "seed": args.seed}
+        self.settings = asdict(hp) | {"data": self.data, "val": self.val, "seed": args.seed}
+        for name in ("filters", "dtype", "tokens", "moments"):
+            if hasattr(args, name):  # the last two are the prior's alone
+                self.settings[name] = getattr(args, name)
         self.mesh = machine_mesh(self.device, args.shard) if args.shard is not None else None
         self.check_scale(config)
         self.state = state.to_resume(
@@ -182,7 +198,7 @@ class Run:
             model = self.sharded(model.state_dict() if self.world.is_main else {})
         model = model.to(self.device).train()
         self.start = self.state.about["step"] if self.state else 0
-        settings = self.settings | asdict(config) | {"preset": self.preset, "dtype": args.dtype}
+        settings = self.settings | asdict(config) | {"preset": self.preset}
         first = {"settings": settings, "versions": versions(), "commit": commit()}
         self.log = Log(self.dir, self.stage, self.start, self.world, first)
         n_params = sum(p.numel() for p in model.parameters())
@@ -234,8 +250,8 @@ class Run:
         joins the weights; parts are objects whose attributes are plain data."""
         args = self.args
         self.model, self.optimizer, self.ema, self.parts = model, optimizer, ema, parts
-        self.about = {"config": asdict(self.config), "preset": self.preset, "data": self.data}
-        self.about |= about or {}
+        self.about = {"config": asdict(self.config), "preset": self.preset}
+        self.about |= {"data": self.data, "val": self.val} | (about or {})
         # one scale for the whole loss (A.2), or one for each resblock (2.4)
         has_blocks, is_fp16 = hasattr(model, "blocks"), args.dtype == "fp16"
         self.scales = GradientScales(model.blocks) if has_blocks and is_fp16 else None
@@ -243,6 +259,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=one_scale)
         if args.checkpoint_activations:
             checkpoint_activations(model.blocks)
+        if has_blocks and args.dtype == "bf16":
+            sum_bias_gradients_in_32_bits(model.blocks)
         self.compressor = None
         if args.powersgd_rank:
             self.compressor = compress(model, args, self.mesh)
@@ -360,6 +378,14 @@ class Run:
 
     # ---- looking and saving
 
+    def keep_bpe(self, bpe: BPE) -> None:
+        """The run's BPE. What belongs to another one, and its reranker, is set aside."""
+        path = self.dir / "bpe.json"
+        if self.world.is_main:
+            if path.exists() and BPE.load(path).merges != bpe.merges:
+                checkpoint.set_aside(self.dir, *state.names("clip"), "clip.pt", "bpe.json")
+            bpe.save(path)
+
     def is_time(self) -> bool:
         done = self.step + 1
         return done % self.hp.eval_every == 0 or done == self.n_steps
@@ -442,10 +468,10 @@ class Run:
         end a run that has begun with one line and exit code 1; what was saved before stays."""
         if error is None:
             return shut_down(self.world)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            raise out_of_memory(error, self) from error
         if not self.begun or isinstance(error, Stop):
             return None
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise out_of_memory(error, self) from error
         if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
             reason = "another process of this run was lost; go on with --resume"
             raise Stop(f"{reason} ({str(error).splitlines()[0]})", alone=True) from error
@@ -474,17 +500,16 @@ def out_of_memory(error: BaseException, run: Run) -> Stop:
 
 def compress(model: nn.Module, args: argparse.Namespace, mesh: DeviceMesh | None) -> PowerSGD:
     """Between the machines of a mesh, or between all processes: the matrices of the resblocks are
-    compressed, embeddings, unembeddings, gains and biases are not (E)."""
-    matrices = [(n, p) for n, p in model.blocks.named_parameters() if p.ndim == 2]
-    compressed = {id(p) for _, p in matrices}
-    others = [p for p in model.parameters() if id(p) not in compressed]
-    among = {}
+    compressed, all else is not (E)."""
+    compressed, among = matrices(model), {}
+    among_them = {p for _, p in compressed}
+    others = [p for p in model.parameters() if p not in among_them]
     if mesh:
         gpu = mesh["gpu"]
         among = {"shards": gpu.size(), "shard": gpu.get_local_rank()}
         among["group"] = mesh["machine"].get_group()
     return PowerSGD(
-        matrices, others, args.powersgd_rank, seed=args.seed, bits=args.moments, **among
+        compressed, others, args.powersgd_rank, seed=args.seed, bits=args.moments, **among
     )
 
 

@@ -205,7 +205,7 @@ def to_resume(
         return None
     check_config(state.path, state.about["config"], config)
     for name, value in run.items():
-        was = state.about["run"].get(name)
+        was = state.about["run"].get(name, value)
         if value != was and world.is_main:
             print(f"resuming with {name} {value}; it was {was}")
     return state

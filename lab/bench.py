@@ -281,6 +281,7 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
 
     def contestant(layout: torch.memory_format) -> Callable[[], None]:
         model = DVAE(config).to(device, memory_format=layout)
+        fast.upsample_late(model.decoder)  # as the trainer has it
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def step() -> None:

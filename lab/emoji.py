@@ -30,7 +30,7 @@ from data.files import open_pictures
 from data.listings import area_resize, to_8_bits
 from data.loader import derive, images_to
 from data.sheets import sheet, to_images
-from engine.checkpoint import load_run, write_picture
+from engine.checkpoint import check_holds, load_run, write_picture
 from engine.cli import Parser, check_output, start
 from lab.judge import CPU, best_of, draw_candidates
 from sample import find_run
@@ -252,9 +252,8 @@ def main() -> None:
         raise ValueError("expected --prompts of 2 or more, and --candidates of 1 or more")
     check_output(args.out)
     run_dir = args.run_dir or find_run()
+    check_holds(run_dir, "clip.pt")
     run = load_run(run_dir)
-    if run[3] is None:
-        raise ValueError(f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}")
     gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
     torch.manual_seed(0)

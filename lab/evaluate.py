@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_clip
 import train_dvae
 import train_prior
 from bpe import BPE
 from clip import CLIP, CLIPConfig
-from data.files import open_dataset, open_pictures
+from data.files import open_dataset
 from data.loader import Samples, held_out, images_to
 from dvae import DVAE, DVAEConfig
-from engine.checkpoint import load, load_model
+from engine.checkpoint import check_holds, load, load_model
 from engine.cli import Parser, pick_device, start
 from transformer import Transformer, TransformerConfig
 
@@ -41,34 +41,43 @@ def evaluate(
     """
     if count < 1:
         raise ValueError(f"count is {count}; expected 1 or more samples")
-    if not (run_dir / "dvae.pt").is_file():
-        raise ValueError(f"{run_dir} holds no dvae.pt: expected the directory of a run")
-    about, device = load(run_dir / "dvae.pt"), pick_device(device)
-    size, own = about.get("image_size"), about.get("data")
-    if size is None or (spec or own) is None:
+    check_holds(run_dir, "dvae.pt")
+    device = pick_device(device)
+
+    def read(name: str, Model: type, Config: type) -> tuple[nn.Module | None, dict]:
+        """A model of the run, where it has one, and what its file says of how it was trained."""
+        if not (run_dir / name).is_file():
+            return None, {}
+        about = load(run_dir / name)
+        return load_model(run_dir / name, Model, Config, about).to(device), about
+
+    # all of them first: a damaged one is to be known before anything is measured
+    dvae, of_dvae = read("dvae.pt", DVAE, DVAEConfig)
+    prior, of_prior = read("prior.pt", Transformer, TransformerConfig)
+    clip, of_clip = read("clip.pt", CLIP, CLIPConfig)
+    bpe = BPE.load(run_dir / "bpe.json") if prior else None
+    size = of_dvae.get("image_size")
+    if size is None or (spec or of_dvae.get("data")) is None:
         raise ValueError(f"{run_dir}/dvae.pt does not say its image size or data: give --data")
 
-    def samples(prepare: Callable, captions: bool) -> list[Tensor]:
-        if spec in (None, "toy", own):
-            _, dataset = open_dataset(spec or own, size, captions=captions)
-        else:
-            dataset = open_pictures(spec, captions, filters=False)
+    def samples(about: dict, prepare: Callable, captions: bool) -> list[Tensor]:
+        data, val = about["data"], about.get("val")
+        if spec not in (None, data):
+            data, val = spec, spec
+        _, dataset = open_dataset(data, size, val, captions)
         pixels, *text = held_out(Samples(dataset, prepare, 0), count)[0]
         return [images_to(device, pixels), *(ids.to(device) for ids in text)]
 
-    dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig, about).to(device)
-    (images,) = samples(partial(train_dvae.prepare, size=size), captions=False)
+    (images,) = samples(of_dvae, partial(train_dvae.prepare, size=size), captions=False)
     scores = train_dvae.evaluate(dvae, images, CHUNK, tau=1 / 16)
     yield "dVAE", f"PSNR of {len(images)} pictures", scores["val_psnr"], "dB"
     yield "dVAE", "codes in use", scores["codes"], f"of {dvae.config.vocab_size}"
     yield "dVAE", "the bound at β = 1 (Eq. 1)", scores["elb"], "nats per pixel value"
 
-    if not (run_dir / "prior.pt").is_file():
+    if prior is None:
         return
-    bpe = BPE.load(run_dir / "bpe.json")
-    prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig).to(device)
     pair = partial(train_prior.prepare, size=size, bpe=bpe, text_len=prior.config.text_len)
-    images, text = samples(pair, captions=True)
+    images, text = samples(of_prior, pair, captions=True)
     tokens, of_pixels = train_prior.tokens_of(dvae, images, CHUNK)
     scores = train_prior.evaluate(prior, text, tokens, CHUNK)
     joint = (scores["val_nats"] / images[0].numel() + of_pixels) / math.log(2)
@@ -78,11 +87,10 @@ def evaluate(
     yield "prior", "image", scores["val_image_loss"], "nats per token"
     yield "prior", "pixels, image and text (Eq. 1)", joint, "bits per pixel value"
 
-    if not (run_dir / "clip.pt").is_file():
+    if clip is None:
         return
-    clip = load_model(run_dir / "clip.pt", CLIP, CLIPConfig).to(device)
     pair = partial(train_clip.prepare, size=size, bpe=bpe, text_len=clip.config.text_len)
-    scores, _ = train_clip.evaluate(clip, *samples(pair, captions=True), CHUNK)
+    scores, _ = train_clip.evaluate(clip, *samples(of_clip, pair, captions=True), CHUNK)
     yield "CLIP", f"loss among {len(images)} pairs", scores["val_loss"], "nats"
     yield "CLIP", "captions found", 100 * scores["val_captions_found"], "%"
     yield "CLIP", "pictures found", 100 * scores["val_pictures_found"], "%"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.loader import derive, images_to
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
-from engine.checkpoint import load_run
+from engine.checkpoint import check_holds, load_run
 from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
 from engine.log import save, subplots
@@ -139,10 +139,7 @@ def open_run(run_dir: Path, prompts: int, candidates: int | None) -> tuple:
     if candidates is not None:
         if candidates < 1 or candidates.bit_count() > 1:
             raise ValueError(f"--candidates is {candidates}; expected a power of 2")
-        if run[3] is None:
-            raise ValueError(
-                f"{run_dir} holds no clip.pt: python train_clip.py --run-dir {run_dir}"
-            )
+        check_holds(run_dir, "clip.pt")
     return run
 
 

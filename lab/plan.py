@@ -25,8 +25,8 @@ import train_prior
 from data.files import open_dataset
 from dvae import DVAE, DVAEConfig
 from engine.cli import Parser, check_batches, choose, start, trainer_parser
-from scale.fast import use_blocks
-from scale.parallel import checkpoint_activations
+from scale.fast import upsample_late, use_blocks
+from scale.parallel import checkpoint_activations, matrices
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
 GB = 2**30  # as in the memory of GPUs
@@ -103,6 +103,7 @@ def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn
     with torch.device("meta"):
         model = DVAE(config)
         images = torch.zeros(micro_batch, 3, image_size, image_size)
+    upsample_late(model.decoder)
 
     def run() -> Tensor:
         z = model.encoder(images).softmax(1)
@@ -124,16 +125,20 @@ def memory_of(
 ) -> dict[str, float]:
     """The bytes on each GPU, by what they hold. `shards` GPUs share the parameters (1: each holds
     all of them), `again`: activations are computed again. `moments`: the bits of Adam's moments and
-    PowerSGD's buffers; `stored`: 16 as in the paper, which keeps nearly all in 16 bits, gradients
-    in the error buffers (E.2) and the averaged parameters on the CPU (B.2)."""
+    PowerSGD's buffers; `stored`: 16 as in the paper, which keeps the resblocks' matrices in 16 bits
+    (D.2), their gradients in the error buffers (E.2) and the averaged parameters on the CPU
+    (B.2)."""
     n = sum(p.numel() for p in model.parameters())
     blocks = getattr(model, "blocks", [model])
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    of_matrices = sum(p.numel() for _, p in matrices(model)) if hasattr(model, "blocks") else n
+    others = n - of_matrices  # always in 32 bits
     moments = min(moments, stored)
-    memory = {"parameters": stored / 8 * n / shards}
-    if stored == 32 or not powersgd_rank:
-        memory["gradients"] = stored / 8 * n / shards
-    memory["Adam's moments"] = 2 * moments / 8 * n / shards
+    memory = {"parameters": (stored / 8 * of_matrices + 4 * others) / shards}
+    kept_as_errors = stored == 16 and powersgd_rank
+    of_gradients = 0 if kept_as_errors else stored / 8 * of_matrices
+    memory["gradients"] = (of_gradients + 4 * others) / shards
+    memory["Adam's moments"] = 2 * (moments / 8 * of_matrices + 4 * others) / shards
     if stored == 32:
         memory["averaged parameters"] = 4 * n / shards
     memory["activations"] = cost.kept * bits / 32
@@ -142,7 +147,7 @@ def memory_of(
         if bits == 16 and stored == 32 and not again:  # autocast's copies, until the backward pass
             memory["16-bit weights"] = 2 * n
     if powersgd_rank:
-        memory["error buffers"] = moments / 8 * n / shards
+        memory["error buffers"] = moments / 8 * of_matrices / shards
     return memory
 
 

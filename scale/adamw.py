@@ -9,7 +9,8 @@ variance is clipped by value to 5 "before it is used to update the parameters or
     θ ← θ − lr λ θ − lr m̂ / (√v̂ + ε)        m̂ = m / (1 − β1ᵗ), v̂ = v / (1 − β2ᵗ)
 
 In 16 bits m is kept in the 1-6-9 and v in the 0-6-10 format, 4 bytes for each parameter in place of
-8, and they are 32-bit numbers only while they are updated.
+8, and they are 32-bit numbers only while they are updated. Which parameters' are is for the caller
+to say: those of gains, biases, embeddings and unembeddings stay in 32 bits (D.2).
 """
 
 import math
@@ -27,8 +28,8 @@ FORMATS = {"exp_avg": "1-6-9", "exp_avg_sq": "0-6-10"}  # m and v, as torch.opti
 class AdamW(torch.optim.Optimizer):
     """For parameters which all have gradients, sharded (DTensor) or not.
 
-    moments: the bits in which m and v are kept, 32 or 16. `state_dict` has them in 32 either way,
-    under the names of torch.optim.AdamW: a run can go on with the other.
+    in_16_bits: the parameters whose m and v are kept so. `state_dict` has them in 32 bits either
+    way, under the names of torch.optim.AdamW: a run can go on with others.
     """
 
     def __init__(
@@ -39,18 +40,19 @@ class AdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         variance_clip: float = 5.0,
-        moments: int = 32,
+        in_16_bits: Iterable[nn.Parameter] = (),
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.variance_clip, self.moments = variance_clip, moments
+        self.variance_clip, self.in_16_bits = variance_clip, set(in_16_bits)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
-            # All at once, or, in 16 bits, one after the other: what is decoded is as large again.
-            together = [group["params"]] if self.moments == 32 else [[p] for p in group["params"]]
-            for params in together:
+            # All at once, but in 16 bits one after the other: what is decoded is as large again.
+            together = [p for p in group["params"] if p not in self.in_16_bits]
+            alone = [[p] for p in group["params"] if p in self.in_16_bits]
+            for params in [together, *alone] if together else alone:
                 states = [self.state[p] or self.start(p) for p in params]
                 for state in states:
                     state["step"] += 1
@@ -70,13 +72,13 @@ class AdamW(torch.optim.Optimizer):
                 torch._foreach_mul_(theta, 1 - lr * group["weight_decay"])
                 torch._foreach_addcdiv_(theta, m, denominator, -lr * correction / (1 - beta1**t))
 
-                if self.moments == 16:  # clamped: what became infinite would stay so
+                if params[0] in self.in_16_bits:  # clamped: what became infinite would stay so
                     for (name, fmt), (moment,) in zip(FORMATS.items(), (m, v)):
                         local(states[0][name]).copy_(encode(moment, fmt, clamp=True))
 
     def start(self, p: nn.Parameter) -> dict[str, Tensor]:
         """The state of a parameter before its first update; code 0 is 0."""
-        dtype = torch.int16 if self.moments == 16 else p.dtype
+        dtype = torch.int16 if p in self.in_16_bits else p.dtype
         self.state[p] = {name: torch.zeros_like(p, dtype=dtype) for name in FORMATS}
         self.state[p]["step"] = torch.tensor(0.0)
         return self.state[p]
@@ -84,11 +86,11 @@ class AdamW(torch.optim.Optimizer):
     def read(self, state: dict[str, Tensor], name: str) -> Tensor:
         """This GPU's shard of a moment, in 32 bits."""
         kept = local(state[name])
-        return decode(kept, FORMATS[name]) if self.moments == 16 else kept
+        return decode(kept, FORMATS[name]) if kept.dtype == torch.int16 else kept
 
     def state_dict(self) -> dict:
         saved = super().state_dict()
-        if self.moments == 16:
+        if self.in_16_bits:
             states = {}
             for k, state in saved["state"].items():
                 moments = {n: sharded_like(state[n], self.read(state, n)) for n in FORMATS}
@@ -98,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        if self.moments == 16:
-            for state in self.state.values():
-                for name, fmt in FORMATS.items():
-                    state[name] = sharded_like(state[name], encode(local(state[name]), fmt))
+        for p in self.in_16_bits & self.state.keys():
+            state = self.state[p]
+            for name, fmt in FORMATS.items():
+                state[name] = sharded_like(state[name], encode(local(state[name]), fmt))

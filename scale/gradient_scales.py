@@ -84,8 +84,16 @@ class BiasGradient(torch.autograd.Function):
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
     """The forward pass of nn.Linear. Autocast casts its bias, and would sum the bias's gradient in
-    float16, where more than 65504 is infinity."""
+    16 bits: in float16 more than 65504 is infinity, in bfloat16 seven bits of it are kept."""
     return BiasGradient.apply(F.linear(x, module.weight, module.bias.detach()), module.bias)
+
+
+def sum_bias_gradients_in_32_bits(blocks: Iterable[nn.Module]) -> None:
+    """Of all linear layers with a bias in these resblocks, under autocast to either 16-bit type."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.forward = partial(linear, module)
 
 
 class GradientScales:
@@ -102,12 +110,10 @@ class GradientScales:
         self.M = M
         self.scales = torch.full((len(self.blocks),), M * 2.0**13, device=device)
         self.divided_at = torch.full((len(self.blocks),), -125, device=device)
+        sum_bias_gradients_in_32_bits(self.blocks)
         for i, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self.enter(i))
             block.register_forward_hook(self.leave(i))
-            for module in block.modules():
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.forward = partial(linear, module)
 
     def enter(self, i: int):
         return lambda block, args: (AtInput.apply(args[0], self.scales[i]), *args[1:])

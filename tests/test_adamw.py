@@ -30,6 +30,11 @@ def small_model():
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
 
 
+def new_adamw(params, moments):
+    params = list(params)
+    return AdamW(params, **SETTINGS, in_16_bits=params if moments == 16 else ())
+
+
 def updates(model, optimizer, steps):
     """With gradients that depend on the step and on nothing else; every rank has the same."""
     for step in steps:
@@ -52,7 +57,7 @@ def test_without_a_clip_it_is_torchs():
 def test_the_variance_is_clipped_before_it_is_used(moments):
     """Large gradients, then small ones: by hand, one parameter, B.2's numbers."""
     p = nn.Parameter(torch.tensor([1.0]))
-    optimizer = AdamW([p], **SETTINGS, moments=moments)
+    optimizer = new_adamw([p], moments)
     theta, m, v, clips = 1.0, 0.0, 0.0, 0
     for t, g in enumerate([20.0, -3.0, 12.0, 0.5, 0.01, 4.0], start=1):
         m = 0.9 * m + 0.1 * g
@@ -74,7 +79,7 @@ def test_the_variance_is_clipped_before_it_is_used(moments):
 def test_in_16_bits_only_what_is_kept_is_rounded():
     """An update from moments of 16 bits is that of 32 bits, from the same moments, rounded."""
     model = small_model()
-    optimizer = AdamW(model.parameters(), **SETTINGS, moments=16)
+    optimizer = new_adamw(model.parameters(), 16)
     for step in range(20):
         state, before = copy.deepcopy((optimizer.state_dict(), model))
         updates(model, optimizer, [step])
@@ -99,15 +104,15 @@ def test_in_16_bits_only_what_is_kept_is_rounded():
 @both
 def test_resumed_with_the_same_bits(moments, tmp_path):
     whole = small_model()
-    updates(whole, AdamW(whole.parameters(), **SETTINGS, moments=moments), range(10))
+    updates(whole, new_adamw(whole.parameters(), moments), range(10))
     half = small_model()
-    optimizer = AdamW(half.parameters(), **SETTINGS, moments=moments)
+    optimizer = new_adamw(half.parameters(), moments)
     updates(half, optimizer, range(5))
     torch.save([half.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
     weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
     again = small_model()
     again.load_state_dict(weights)
-    optimizer = AdamW(again.parameters(), **SETTINGS, moments=moments)
+    optimizer = new_adamw(again.parameters(), moments)
     optimizer.load_state_dict(copy.deepcopy(state))
     updates(again, optimizer, range(5, 10))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters()))
@@ -115,7 +120,7 @@ def test_resumed_with_the_same_bits(moments, tmp_path):
     # torch's own state and that of the other number of bits can be gone on with, and their own
     theirs = torch.optim.AdamW(again.parameters(), **SETTINGS)
     theirs.load_state_dict(state)
-    other = AdamW(again.parameters(), **SETTINGS, moments=48 - moments)
+    other = new_adamw(again.parameters(), 48 - moments)
     other.load_state_dict(theirs.state_dict())
     for kept, first in zip(other.state_dict()["state"].values(), state["state"].values()):
         assert kept["step"] == 5
@@ -136,10 +141,10 @@ def sharded(mesh, moments):
 
     def new():
         model = fully_shard(small_model(), mesh=mesh)
-        return model, AdamW(model.parameters(), **SETTINGS, moments=moments)
+        return model, new_adamw(model.parameters(), moments)
 
     whole = small_model()
-    updates(whole, AdamW(whole.parameters(), **SETTINGS, moments=moments), range(6))
+    updates(whole, new_adamw(whole.parameters(), moments), range(6))
     model, optimizer = new()
     updates(model, optimizer, range(3))
     parts = get_state_dict(model, optimizer)

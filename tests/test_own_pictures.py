@@ -1,14 +1,19 @@
-"""Pictures that people bring: flat ones keep their codes, broken ones are passed over."""
+"""Pictures that people bring: flat ones keep their codes, broken ones are passed over, and a run
+goes on with those it began with."""
 
 import random
 
 import drawings
 import pytest
 from PIL import Image
-from scripts import call, last
+from scripts import call, last, log_of
 
+import lab.evaluate
+import train_clip
 import train_dvae
 import train_prior
+from bpe import BPE
+from engine import checkpoint
 
 
 def test_flat_logos_keep_their_codes(tmp_path):
@@ -60,3 +65,52 @@ def test_own_pictures(tmp_path):
     assert (run_dir / "samples.png").exists()
     code, *_ = call(train_prior, *options, "--dtype", "fp16")
     assert code == 0 and last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
+
+
+def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
+    """Data, held-out data and preset are those it began with, and a new run keeps nothing of an
+    earlier one."""
+    folder, val = photos(tmp_path / "photos"), photos(tmp_path / "val")
+    for k in range(5, 12):
+        (val / f"{k}.jpg").unlink()  # five are left, and those that photos() says
+    run_dir, small = tmp_path / "runs" / "a", ["--batch-size", 4, "--workers", 0, "--log-every", 1]
+    options = ["--run-dir", run_dir, *small]
+
+    def stage(script, *more):
+        code, out, err = call(script, *options, *more)
+        assert code == 0, err
+        return out
+
+    stage(train_dvae, "--preset", "emoji", "--data", folder, "--val", val, "--steps", 2)
+    out = stage(train_dvae, "--resume", "--steps", 3)
+    assert "dvae emoji" in out and str(folder) in out and "resuming with steps 3; it was 2" in out
+    assert "resuming with data" not in out and "resuming with val" not in out
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(train_clip, *small)
+    assert code == 2 and "holds no bpe.json; train it with: python train_prior.py" in err
+    for script in (train_prior, train_clip):
+        stage(script, "--tiny", "--steps", 2)
+    for name in ("dvae.pt", "prior.pt", "clip.pt"):
+        about = checkpoint.load(run_dir / name, weights=False)
+        assert (about["data"], about["val"]) == (str(folder), str(val)) and "model" not in about
+    figures = [what for _, what, *_ in lab.evaluate.evaluate(run_dir)]
+    assert {"PSNR of 7 pictures", "text of 7 pairs", "loss among 7 pairs"} < set(figures)
+
+    # another BPE, as of weights to fine-tune: the reranker that read the first is set aside
+    stage(train_prior, "--steps", 2)
+    assert (run_dir / "clip.pt").exists() and not (run_dir / "bpe.json.old").exists()
+    (tmp_path / "b").mkdir()
+    (run_dir / "prior.pt").rename(tmp_path / "b/prior.pt")
+    merges = BPE.load(run_dir / "bpe.json").merges
+    BPE(merges[:-1] + [(1, 2)]).save(tmp_path / "b/bpe.json")
+    stage(train_prior, "--steps", 2, "--init-from", tmp_path / "b/prior.pt")
+    assert BPE.load(run_dir / "bpe.json").merges[-1] == (1, 2)
+    assert BPE.load(run_dir / "bpe.json.old").merges == merges
+    assert (run_dir / "clip.pt.old").exists() and not (run_dir / "clip.pt").exists()
+
+    (run_dir / "prior.pt").write_bytes(b"damaged")
+    code, out, err = call(lab.evaluate, run_dir)
+    assert code == 2 and not out and "cannot be read as a checkpoint" in err
+    stage(train_dvae, "--tiny", "--steps", 1)
+    assert {entry["stage"] for entry in log_of(run_dir)} == {"dvae"}
+    assert log_of(run_dir)[-1]["step"] == 1 and (run_dir / "log.jsonl.old").exists()

@@ -359,6 +359,7 @@ def photo(path, size=(20, 20), **options):
         (["a cone", "--candidates", "4", "--top", "0"], "1 to 4"),
         (["a cone", "--candidates", "4", "--top", "5"], "1 to 4"),
         (["a cone", "--candidates", "4", "--top", "2", "--run-dir", "BARE"], "train_clip.py"),
+        (["a cone", "--candidates", "4", "--top", "4", "--run-dir", "BARE"], "train_clip.py"),
         (["a cone", "--batch-size", "-1"], "batch_size is -1"),
         (["a cone", "--temperature", "nan"], "temperature"),
         (["a cone", "--top-p", "0"], "top_p"),
@@ -388,7 +389,7 @@ def photo(path, size=(20, 20), **options):
 def test_bad_input_is_one_line_and_exit_2(args, expected, mini, bare, main, tmp_path):
     photo(tmp_path / "photo.png")
     photo(tmp_path / "tiny.png", (3, 20))
-    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty.txt").write_bytes(b"\xef\xbb\xbf\n")  # but for a byte-order mark
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "folder.png").mkdir()
     there = sorted(tmp_path.iterdir())

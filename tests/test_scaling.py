@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scale.gradient_scales import GradientScales
+from scale.gradient_scales import GradientScales, sum_bias_gradients_in_32_bits
 
 DEPTH, WIDTH = 8, 16
 
@@ -172,6 +172,22 @@ def test_a_biass_gradient_is_summed_in_32_bits():
     grad, finite = update(block, scales)
     assert grad.isinf().all() and not finite
     assert scales.scales.item() == pytest.approx(2**9.5)
+
+
+def test_a_biass_gradient_keeps_its_bits_beside_bfloat16():
+    """3,003 positions of gradient 1: bfloat16 would make 3,008 of them."""
+
+    def gradient(block):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = block[0](torch.zeros(3, 1001, WIDTH))
+        y.backward(torch.ones_like(y))
+        return block[0].bias.grad
+
+    block = nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+    assert (gradient(block) == 3008).all()
+    sum_bias_gradients_in_32_bits(block)
+    assert (gradient(block) == 3003).all()
 
 
 def test_linear_layers_give_what_they_gave():
