@@ -32,9 +32,9 @@ class DVAETraining:
     """How to train a dVAE; the defaults are the paper's (A.2), but for how often it is logged and
     evaluated. All three schedules are half cosines: with a linear τ training typically diverged.
 
-    β = 6.6 in place of the bound's 1. It promotes codebook usage; the
-    authors speculate that with a small β the relaxation's noise makes the optimiser give up codes
-    early (footnote 4), and so the reconstruction error at the end is larger.
+    β = 6.6 in place of the bound's 1: it promotes codebook usage, and so a smaller reconstruction
+    error at the end. The authors speculate that with a small β the relaxation's noise makes the
+    optimiser give up codes early (footnote 4).
     """
 
     image_size: int = 256  # pixels along each side (A.2)
@@ -147,7 +147,7 @@ def main() -> None:
             lr = cosine(step, hp.lr_steps, hp.lr, hp.lr_end)
             # not the paper's, and off by default: larger step sizes than its need a linear warm-up
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
-            # beta; the loss itself weighs the KL by 1/192, or by what the size rule gives (A.2)
+            # β; the size rule, 1/192 for a factor of 8, 1/48 for 4, is inside the loss (A.2)
             kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
             tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
 

@@ -267,7 +267,8 @@ def main() -> None:
     run.say(
         f"{run.dir}/prior.pt: {run.scores['val_image_loss']:.3f} nats per image token "
         f"on held-out pictures; see {run.dir}/{'curves' if run.mesh else 'samples'}.png\n"
-        f'next: python sample.py "a red cube" --run-dir {run.dir}'
+        f'next: python sample.py "a red cube" --run-dir {run.dir}\n'
+        f"or, to choose among candidates: python train_clip.py --run-dir {run.dir}"
     )
 
 

@@ -128,7 +128,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """An MLP resblock without its identity path; GELU: our reading, for x·σ(1.702x) (B.1)."""
+    """An MLP resblock without its identity path. GELU by the error function: our reading, where
+    Child et al. have x·σ(1.702x) (B.1)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -231,15 +232,15 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(1, config.n_layer + 1):
             self.blocks += [Attention(config, layer_kind(i, config.n_layer)), MLP(config)]
-        self.norm = nn.LayerNorm(d)  # our reading, as pre-norm transformers since GPT-2 have it
+        self.norm = nn.LayerNorm(d)  # before the heads, as Child et al. have it (B.1)
         self.text_head = nn.Linear(d, config.text_vocab + T, bias=False)
         self.image_head = nn.Linear(d, config.image_vocab, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """N(0, 0.5/√d_in), embeddings N(0, 0.02), what is added to the identity path scaled down as
-        GPT-2 does: our reading, in place of Child et al.'s N(0, 0.125/√d_in) (B.1).
+        """Normal, of standard deviation 0.5/√d_in, embeddings 0.02, what is added to the identity
+        path scaled down as GPT-2 does: our reading, in place of Child et al.'s 0.125/√d_in (B.1).
 
         A model built on `meta` needs it after `to_empty(device=…)`.
         """

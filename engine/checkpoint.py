@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -115,11 +116,19 @@ def check_holds(run_dir: Path, *names: str) -> None:
             raise ValueError(f"{run_dir} holds no {name}; train it with: {command}")
 
 
+class Models(NamedTuple):
+    """Those of a run, of which the reranker may be missing; `about` is what else prior.pt holds."""
+
+    bpe: BPE
+    dvae: DVAE
+    prior: Transformer
+    clip: CLIP | None
+    about: dict
+
+
 @lru_cache(maxsize=1)
-def load_run(
-    run_dir: Path, device: str = "cpu", dtype: str = "fp32"
-) -> tuple[BPE, DVAE, Transformer, CLIP | None, dict]:
-    """The models of a run, of which the reranker may be missing, and what else prior.pt holds.
+def load_run(run_dir: Path, device: str = "cpu", dtype: str = "fp32") -> Models:
+    """The models of a run.
 
     The matrices of the prior's resblocks are in `dtype`, for autocast to it: gains, biases,
     embeddings and logits stay in 32 bits (D.2). ValueError where a file is missing or of another
@@ -138,7 +147,8 @@ def load_run(
     for p in prior.blocks.parameters():
         if p.ndim == 2:
             p.data = p.data.to(DTYPES[dtype])
-    return bpe, dvae, prior.to(device), clip, {k: v for k, v in about.items() if k != "model"}
+    about = {k: v for k, v in about.items() if k != "model"}
+    return Models(bpe, dvae, prior.to(device), clip, about)
 
 
 def check_config(path: Path, found: dict, expected) -> None:

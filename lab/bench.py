@@ -279,9 +279,13 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     shape = (32, 3, 256, 256) if cuda else (4, 3, 128, 128)
     images = torch.rand(shape, device=device)
 
-    def contestant(layout: torch.memory_format) -> Callable[[], None]:
-        model = DVAE(config).to(device, memory_format=layout)
+    def network() -> DVAE:
+        model = DVAE(config)
         fast.upsample_late(model.decoder)  # as the trainer has it
+        return model
+
+    def contestant(layout: torch.memory_format) -> Callable[[], None]:
+        model = network().to(device, memory_format=layout)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def step() -> None:
@@ -300,9 +304,9 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     with torch.device("meta"):
         x = torch.empty(shape)
         codes = torch.empty(n, config.vocab_size, side // config.factor, side // config.factor)
-    ops = conv_ops(DVAE(config), lambda twin: twin.encoder(x))
+    ops = conv_ops(network(), lambda twin: twin.encoder(x))
     if training:
-        ops = 3 * (ops + conv_ops(DVAE(config), lambda twin: twin.decoder(codes)))
+        ops = 3 * (ops + conv_ops(network(), lambda twin: twin.decoder(codes)))
     what = f"dVAE {'training step' if training else 'encoding'}, n_hid {config.n_hid}, {side} px"
     work = Work(what, "images/s", n, contestant(torch.channels_last), ops=ops)
     work.peers = lambda: {"contiguous layout": contestant(torch.contiguous_format)}
@@ -574,17 +578,8 @@ def main() -> None:
     threads = {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
     lines, env = {}, {**os.environ, **threads}
     for name in args.only or WORKS:
-        command = [
-            sys.executable,
-            "-m",
-            "lab.bench",
-            "--child",
-            "--only",
-            name,
-            "--device",
-            args.device,
-        ]
-        command += ["--threads", str(args.threads)]
+        command = [sys.executable, "-m", "lab.bench", "--child", "--only", name]
+        command += ["--device", args.device, "--threads", str(args.threads)]
         command += ["--peers"] * args.peers
         child = subprocess.run(command, capture_output=True, text=True, env=env)
         if child.returncode:

@@ -297,8 +297,8 @@ def toy_tokens(run: tuple, model: Transformer, count: int) -> tuple[Tensor, Tens
     """Text [count, T] and image tokens [count, N] of the toy world."""
     items = [toy_world(k, 32, "train") for k in range(count)]
     pixels = torch.stack([torch.from_numpy(picture) for picture, _ in items])
-    text = torch.stack([encode_prompt(caption, run[0], model) for _, caption in items])
-    return text, run[1].encode(images_to(torch.device("cpu"), pixels)).flatten(1)
+    text = torch.stack([encode_prompt(caption, run.bpe, model) for _, caption in items])
+    return text, run.dvae.encode(images_to(torch.device("cpu"), pixels)).flatten(1)
 
 
 def underflow() -> Outcome:
@@ -315,7 +315,7 @@ def underflow() -> Outcome:
     run = load_run(run_dir)
     torch.manual_seed(0)
     rows, found = [], {}
-    for name, model in (("fresh", Transformer(run[2].config)), ("trained", run[2])):
+    for name, model in (("fresh", Transformer(run.prior.config)), ("trained", run.prior)):
         ranges = gradient_ranges(model, *toy_tokens(run, model, 16))
         highest = [r.highest() for r in ranges]
         scales = {  # their own ones within the bounds of D

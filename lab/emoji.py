@@ -195,7 +195,7 @@ def measure_prompts(
     the best of the candidates by the reranker, and by any. The pictures asked for, the best images
     [count, 3, H, W], and which of these are right, bool [count]."""
     known = [k for k in np.flatnonzero(gallery.parts == part).tolist()
-             if len(run[0].encode(gallery.captions[k])) < run[2].config.text_len]  # fmt: skip
+             if len(run.bpe.encode(gallery.captions[k])) < run.prior.config.text_len]  # fmt: skip
     asked = random.Random(derive(seed, part)).sample(known, min(count, len(known)))
     style, place, scores, best = [], [], [], []
     captions = [gallery.captions[k] for k in asked]
@@ -254,16 +254,16 @@ def main() -> None:
     run_dir = args.run_dir or find_run()
     check_holds(run_dir, "clip.pt")
     run = load_run(run_dir)
-    gallery = Gallery(args.folder, run[1].config.factor * run[2].config.grid)
+    gallery = Gallery(args.folder, run.dvae.config.factor * run.prior.config.grid)
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
     torch.manual_seed(0)
     whole = images_to(CPU, gallery.pixels[:, 0])
-    tokens = encoded(run[1], whole)
-    through, with_flaws = decoded(run[1], tokens), decoded(run[1], flawed(tokens))
-    judge = StyleJudge(run[1], tokens[~gallery.kept], gallery.styles[~gallery.kept])
+    tokens = encoded(run.dvae, whole)
+    through, with_flaws = decoded(run.dvae, tokens), decoded(run.dvae, flawed(tokens))
+    judge = StyleJudge(run.dvae, tokens[~gallery.kept], gallery.styles[~gallery.kept])
     with torch.inference_mode():
         kinds = {"true pictures": whole, "the dVAE's of them": through, "with flaws": with_flaws}
-        measure_dvae(run[1], gallery, kinds, judge)
+        measure_dvae(run.dvae, gallery, kinds, judge)
         for part in ("train", "unseen"):
             drawn = measure_prompts(
                 run, gallery, judge, part, args.prompts, args.candidates, args.seed

@@ -126,7 +126,7 @@ def main() -> None:
         own = pictures_of(split, 0, args.prompts)
         samples = best_pictures(run, split, args.prompts, sizes, args.seed)
         with torch.inference_mode():
-            decoded = run[1].decode(run[1].encode(own))
+            decoded = run.dvae.decode(run.dvae.encode(own))
         shown = {
             f"best of {sizes[-1]}": samples[-1],
             "one sample": samples[0],

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.loader import derive, images_to
 from data.toy import COLORS, SHAPES, Scene, render, toy_scene, toy_world
-from engine.checkpoint import check_holds, load_run
+from engine.checkpoint import Models, check_holds, load_run
 from engine.cli import Parser, Stop, check_output, start
 from engine.log import COLORS as LINES
 from engine.log import save, subplots
@@ -131,10 +131,10 @@ def reliable_judge() -> Judge:
     return judge
 
 
-def open_run(run_dir: Path, prompts: int, candidates: int | None) -> tuple:
+def open_run(run_dir: Path, prompts: int, candidates: int | None) -> Models:
     """A run's models, as `load_run` gives them. ValueError where they cannot be judged so."""
     run = load_run(run_dir)
-    if run[1].config.factor * run[2].config.grid != SIZE or prompts < 1:
+    if run.dvae.config.factor * run.prior.config.grid != SIZE or prompts < 1:
         raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
     if candidates is not None:
         if candidates < 1 or candidates.bit_count() > 1:
@@ -257,10 +257,10 @@ def main() -> None:
         figure, (axis,) = subplots(1)
     judge = reliable_judge()
     for split in ("val", "unseen"):
-        psnr, share, codes = judge_dvae(judge, run[1], split)
+        psnr, share, codes = judge_dvae(judge, run.dvae, split)
         print(
             f"dVAE of {run_dir}: {psnr:.2f} dB on 512 {split} pictures, {codes} of "
-            f"{run[1].config.vocab_size} codes in use, colour and shape still right {share:.1%}"
+            f"{run.dvae.config.vocab_size} codes in use, colour and shape still right {share:.1%}"
         )
     for kind, split in (("seen", "val"), ("unseen", "unseen")):
         color, shape = judge_prompts(judge, run, split, args.prompts, args.seed)

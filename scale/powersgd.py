@@ -10,7 +10,7 @@ they miss is kept in an error buffer and added to the next gradient: nothing is 
     P ← orthonormal columns of P + 10⁻⁶ I
     Q' ← Eᵀ P             averaged between machines
     ĝ ← P Q'ᵀ             the decompressed gradient, the same on every machine
-    E ← E − ĝ             where P and Q' are finite
+    E ← E − ĝ             where P and Q' are finite; an E that itself is not becomes 0
 
 With parameters sharded among the m GPUs of a machine, each GPU compresses its own shards, with
 rank r / m, together with the GPUs that hold the same shards on the other machines.
@@ -41,7 +41,7 @@ EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well d
 # What P and Q' are multiplied by in the 1-6-9 format. The paper has constants and does not give
 # them: our reading, one for both. A buffer holds less than 16, so that what a row of 4d = 15872
 # and a column of Q make is about 16 · √15872 · 5 = 10,000 at most, and Q' is less: times 2⁻¹⁰ both
-# stay below the format's 16 for as long as the buffer does. Down to 2⁻⁴⁸ nothing is lost for it.
+# stay below the format's 16 for as long as the buffer does. What is above 2⁻⁴⁸ keeps all 9 bits.
 SCALE = 2.0**-10
 
 Key = tuple[str, int]  # a parameter's name, and which of its pieces
@@ -150,7 +150,7 @@ class PowerSGD:
             E, grad = self.errors[name], local(p.grad)
             for e, g in zip(pieces(name, E), pieces(name, grad)):
                 finite.append(g.isfinite().all())
-                e += torch.where(finite[-1], g, 0)  # (2): not finite in about 5% of updates
+                e += torch.where(finite[-1], g, 0)  # (2); about 5% of the paper's were not
             self.errors[name] = E
             for i, e in enumerate(pieces(name, self.errors[name])):
                 P[name, i] = e @ self.Q[name, i]  # (3)

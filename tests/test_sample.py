@@ -117,7 +117,7 @@ def cell(sheet, column, row=0, below=0):
 def test_a_candidate_is_the_same_in_any_company(mini):
     """In float64, since in float32 one rounding can turn a token and all that follows."""
     sample.load_run.cache_clear()
-    sample.load_run(mini, "cpu", "fp32")[2].double()  # the one that is kept, which draw takes
+    sample.load_run(mini, "cpu", "fp32").prior.double()  # the one that is kept, which draw takes
     many = tokens_of(PROMPTS, 64, mini, seed=7, batch_size=64)
     assert many.min() >= 0 and len(many[0].unique(dim=0)) > 60  # candidates differ
     assert not torch.equal(many[0], many[1])  # captions matter
@@ -135,7 +135,7 @@ def test_16_bits_end_before_the_logits(mini, dtype):
     kind = sample.DTYPES[dtype]
     expected, images = tokens_and_images(PROMPTS, 2, mini, temperature=0)
     scores = torch.tensor([x.info["score"] for x in images]).view(3, 2)
-    prior = sample.load_run(mini, "cpu", dtype)[2]
+    prior = sample.load_run(mini, "cpu", dtype).prior
     assert {p.dtype for p in prior.blocks.parameters() if p.ndim == 2} == {kind}
     assert {p.dtype for p in prior.parameters() if p.ndim == 1} == {torch.float32}
     products, logits = set(), []
@@ -223,7 +223,7 @@ def test_a_picture_goes_on(mini, main, tmp_path):
     rng = np.random.default_rng(1)
     photo = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))
     tokens, images = tokens_and_images(PROMPTS, 3, mini, image=photo, keep_rows=3)
-    dvae = sample.load_run(mini, "cpu", "fp32")[1]
+    dvae = sample.load_run(mini, "cpu", "fp32").dvae
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         seen = dvae.encode(pixels)
