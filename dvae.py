@@ -2,8 +2,9 @@
 Stage one of DALL·E: the discrete variational autoencoder (2.1, A.1 to A.3).
 
 The encoder turns an image into a grid of logits over K codes, the decoder a grid of codes into the
-parameters of a distribution over pixels. Both are trained to maximise a lower bound of the images'
-likelihood (Eq. 1), with the Gumbel-softmax relaxation in place of sampling. Start at `DVAE.terms`.
+parameters of a distribution over pixels: 256 · 256 · 3 values become 32 · 32 tokens, 192 times
+fewer for the prior to read. Both are trained to maximise a lower bound of the images' likelihood
+(Eq. 1), with the Gumbel-softmax relaxation in place of sampling. Start at `DVAE.terms`.
 
 What is not here: the training loop and its schedules (train_dvae.py); the prior over the codes,
 which is uniform in this stage (transformer.py); OpenAI's weights (engine/openai.py), whose names
@@ -264,7 +265,7 @@ class DVAE(nn.Module):
             z = F.softmax(noisy / tau, dim=1)
         mu, ln_b = self.distribution(z)
         recon = -logit_laplace_log_prob(x, mu, ln_b).mean()
-        ln_q = F.log_softmax(logits, dim=1)  # not divided by tau
+        ln_q = F.log_softmax(logits, dim=1)  # of the logits, not of logits / tau
         # KL(q ‖ uniform) = Σ q (ln q + ln K) at each grid position: [B, h, w]
         kl = (ln_q.exp() * (ln_q + math.log(self.config.vocab_size))).sum(1)
         return recon, kl.sum() / images.numel(), mu

@@ -194,7 +194,7 @@ def main() -> None:
     parser = trainer_parser(
         "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
-    tokens_help = "of the pictures; samples regularise on small data (footnote 6)"
+    tokens_help = "of pictures; samples regularise a model too large for its data (footnote 6)"
     parser.add_argument(
         "--tokens", choices=("argmax", "sample"), default="argmax", help=tokens_help
     )
@@ -250,7 +250,7 @@ def main() -> None:
                 # argmax, no noise (2.2), or, with --tokens sample, drawn from q (footnote 6)
                 tokens = dvae.encode(images, sample=args.tokens == "sample").flatten(1)
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
-            loss = run.update(adamw, lr, clip=hp.clip)  # to a norm of 4
+            loss = run.update(adamw, lr, clip=hp.clip)  # to 4, which only the warm-up exceeds (B.2)
             halving.see(loss, step + 1, hp)
             # 0.99 every 25 updates (B.2); the first update starts the average
             if (step + 1) % hp.ema_every == 0 or step == 0:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The sizes of the prior; the defaults are the paper's 12-billion model (2.2, B.1)."""
+    """The sizes of the prior; the defaults are the paper's 12-billion model (2.2, B.1). It has no
+    dropout: the BPE's is the only one."""
 
     n_layer: int = 64  # layers, each of an attention and an MLP resblock (B.1)
     n_head: int = 62  # attention heads; d = n_head · d_head = 3968 (B.1)

@@ -17,8 +17,8 @@ rank r / m, together with the GPUs that hold the same shards on the other machin
 
     python -m scale.powersgd           # the compression rates of Tables 1 and 2
 
-What is not here: the paper's Householder kernel (torch's QR is Householder), and its overlap of
-computing with sending, resblock by resblock.
+What is not here: the paper's Householder kernel (torch's QR is Householder; Gram-Schmidt was
+unstable), and its overlap of computing with sending, resblock by resblock.
 """
 
 import argparse
