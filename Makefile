@@ -13,7 +13,7 @@ BIN = .venv/bin
 
 .PHONY: demo test soak tiny emoji notebook lint
 
-demo: .venv/installed
+demo: .venv/packages
 	$(BIN)/python sample.py "a red cube" --run-dir pretrained/tiny
 
 test: .venv/installed
@@ -48,7 +48,11 @@ notebook: .venv/installed
 	  --ExecutePreprocessor.record_timing=False $(PAGE)
 	$(BIN)/jupyter nbconvert --inplace --coalesce-streams $(PAGE)
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/packages: requirements.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed: requirements-dev.txt .venv/packages
 	$(BIN)/pip install --quiet --requirement requirements-dev.txt
 	touch $@
