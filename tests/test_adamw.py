@@ -101,6 +101,33 @@ def test_in_16_bits_only_what_is_kept_is_rounded():
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # one update's worth, after twenty
 
 
+def test_matrices_alone_in_16_bits():
+    """As the prior's trainer has it (D.2): each parameter is updated as where all have its bits."""
+
+    def gradients(p):
+        return [torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) for k in range(9)]
+
+    mixed, wide, narrow = small_model(), small_model(), small_model()
+    kept = [p for p in mixed.parameters() if p.ndim == 2]
+    optimizers = [
+        AdamW(mixed.parameters(), **SETTINGS, in_16_bits=kept),
+        new_adamw(wide.parameters(), 32),
+        new_adamw(narrow.parameters(), 16),
+    ]
+    for step in range(9):
+        if step == 5:  # gone on with from what was saved
+            saved = copy.deepcopy(optimizers[0].state_dict())
+            optimizers[0] = AdamW(mixed.parameters(), **SETTINGS, in_16_bits=kept)
+            optimizers[0].load_state_dict(saved)
+        for model, optimizer in zip((mixed, wide, narrow), optimizers):
+            for p in model.parameters():
+                p.grad = gradients(p)[step]
+            optimizer.step()
+    for p, q, r in zip(mixed.parameters(), wide.parameters(), narrow.parameters()):
+        assert torch.equal(p, r if p.ndim == 2 else q) and not torch.equal(q, r)
+        assert (optimizers[0].state[p]["exp_avg"].dtype == torch.int16) == (p.ndim == 2)
+
+
 @both
 def test_resumed_with_the_same_bits(moments, tmp_path):
     whole = small_model()
