@@ -115,8 +115,8 @@ def main() -> None:
         bpe = BPE.load(run.dir / "bpe.json")
         if args.text_vocab not in (None, bpe.vocab_size):
             raise ValueError(f"--text-vocab {args.text_vocab}: the BPE has {bpe.vocab_size} pieces")
-        hp = choose(CLIPTraining, PRESETS[run.preset], args)
-        config = replace(choose(CLIPConfig, PRESETS[run.preset], args), text_vocab=bpe.vocab_size)
+        hp = choose(CLIPTraining, run.values, args)
+        config = replace(choose(CLIPConfig, run.values, args), text_vocab=bpe.vocab_size)
         train, val = open_dataset(run.data, run.image_size, run.val, filters=args.filters)
         pair = partial(prepare, size=run.image_size, bpe=bpe, text_len=config.text_len)
         batches = run.batches(train, pair, hp.batch_size)

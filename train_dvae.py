@@ -125,8 +125,8 @@ def main() -> None:
     parser = trainer_parser("Stage one: train the dVAE.", PRESETS, DVAEConfig, DVAETraining)
     args = parser.parse_args()
     with Run("dvae", args) as run:
-        config = choose(DVAEConfig, PRESETS[run.preset], args)
-        hp = choose(DVAETraining, PRESETS[run.preset], args)
+        config = choose(DVAEConfig, run.values, args)
+        hp = choose(DVAETraining, run.values, args)
         if hp.image_size % config.factor:
             raise ValueError(f"--image-size {hp.image_size} is not a multiple of {config.factor}")
         train, val = open_dataset(run.data, hp.image_size, run.val, False, args.filters)

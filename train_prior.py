@@ -210,8 +210,8 @@ def main() -> None:
         for name, value in sizes.items():
             if getattr(args, name) not in (None, value):
                 raise ValueError(f"--{name} {getattr(args, name)}: the dVAE's is {value}")
-        hp = choose(PriorTraining, PRESETS[run.preset], args)
-        config = choose(TransformerConfig, PRESETS[run.preset] | sizes, args)
+        hp = choose(PriorTraining, run.values, args)
+        config = choose(TransformerConfig, run.values | sizes, args)
         train, val = open_dataset(run.data, run.image_size, run.val, filters=args.filters)
         bpe = find_bpe(run, args, config.text_vocab, captions_of(train, hp.bpe_captions))
         config = replace(config, text_vocab=bpe.vocab_size)

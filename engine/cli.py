@@ -116,7 +116,7 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("--run-dir", metavar="DIR", type=Path, help="where everything is; default: the newest run, "
         "or for a new one runs/PRESET")  # fmt: skip
     add("--micro-batch", type=int, metavar="N", help="samples per process and pass")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, data order and noise")
+    add("--seed", type=int, metavar="N", help="of weights, data order and noise; default 0")
     add("--device", help="cuda, mps or cpu; default: the best one there")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of products (2.4, D)")
     add("--workers", type=int, default=1, metavar="N", help="loading processes, up to 64")

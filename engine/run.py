@@ -75,7 +75,8 @@ class Run:
     """A run of a stage, "dvae", "prior" or "clip", with the options of `engine.cli`.
 
     `dir` is its directory; `preset`, `data` and `val` are what the options say, or else those of
-    the run so far, or else the defaults. ValueError where something that the stage needs is not
+    the run so far, or else the defaults. `values` are those of the preset or, where a run is
+    resumed without naming one, its own. ValueError where something that the stage needs is not
     there.
     """
 
@@ -87,7 +88,8 @@ class Run:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
-            self.dir = args.run_dir or Path("runs") / preset
+            newest = args.resume and not args.preset and newest_run("dvae.pt")
+            self.dir = args.run_dir or self.world.share(lambda: newest) or Path("runs") / preset
         else:
             self.dir = args.run_dir or self.world.share(
                 lambda: newest_run(*NEEDS[stage]) or newest_run("dvae.pt")
@@ -97,13 +99,19 @@ class Run:
             checkpoint.check_holds(self.dir, *NEEDS[stage])
             self.dvae = checkpoint.load(self.dir / "dvae.pt")
             self.image_size = self.dvae.get("image_size")
-        names = [f"{stage}.pt"] * args.resume + GOES_ON_FROM[stage]
-        source = next((p for p in (self.dir / name for name in names) if p.is_file()), None)
+        own = self.dir / f"{stage}.pt"
+        sources = [own] * args.resume + [self.dir / name for name in GOES_ON_FROM[stage]]
+        source = next((path for path in sources if path.is_file()), None)
         about = (
             checkpoint.load(source, weights=False) if source else dict(preset=preset, data="toy")
         )
         self.preset, self.data = args.preset or about.get("preset"), args.data or about.get("data")
         self.val = args.val if args.val or args.data else about.get("val")
+        self.values = dict(args.presets.get(self.preset, {}))
+        if source == own and not args.preset:
+            self.values |= about.get("config", {}) | about.get("run", {})
+        if args.seed is None:
+            args.seed = self.values.get("seed", 0)
         if self.preset not in args.presets or (stage != "dvae" and not self.image_size):
             raise ValueError(f"{source} does not say how it was trained: make it again")
         if self.data is None:
@@ -250,7 +258,7 @@ class Run:
         joins the weights; parts are objects whose attributes are plain data."""
         args = self.args
         self.model, self.optimizer, self.ema, self.parts = model, optimizer, ema, parts
-        self.about = {"config": asdict(self.config), "preset": self.preset}
+        self.about = {"config": asdict(self.config), "run": self.settings, "preset": self.preset}
         self.about |= {"data": self.data, "val": self.val} | (about or {})
         # one scale for the whole loss (A.2), or one for each resblock (2.4)
         has_blocks, is_fp16 = hasattr(model, "blocks"), args.dtype == "fp16"

@@ -2,6 +2,7 @@
 goes on with those it began with."""
 
 import random
+import re
 
 import drawings
 import pytest
@@ -68,8 +69,8 @@ def test_own_pictures(tmp_path):
 
 
 def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
-    """Data, held-out data and preset are those it began with, and a new run keeps nothing of an
-    earlier one."""
+    """Data, held-out data, preset and values are those it began with, and a new run keeps nothing
+    of an earlier one."""
     folder, val = photos(tmp_path / "photos"), photos(tmp_path / "val")
     for k in range(5, 12):
         (val / f"{k}.jpg").unlink()  # five are left, and those that photos() says
@@ -81,11 +82,17 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
         assert code == 0, err
         return out
 
-    stage(train_dvae, "--preset", "emoji", "--data", folder, "--val", val, "--steps", 2)
-    out = stage(train_dvae, "--resume", "--steps", 3)
-    assert "dvae emoji" in out and str(folder) in out and "resuming with steps 3; it was 2" in out
-    assert "resuming with data" not in out and "resuming with val" not in out
+    own = ["--data", folder, "--val", val, "--n-hid", 16, "--kl-weight", 2, "--seed", 7]
+    stage(train_dvae, "--preset", "emoji", *own, "--steps", 2)
     monkeypatch.chdir(tmp_path)
+    code, out, err = call(train_dvae, "--resume", "--steps", 3, "--workers", 0)  # the newest run
+    assert code == 0 and "dvae emoji" in out and str(folder) in out, err
+    changed = {name for name in re.findall(r"resuming with (\w+)", out)}
+    assert "steps" in changed and all(name.endswith("steps") for name in changed)
+    about = checkpoint.load(run_dir / "dvae.pt", weights=False)
+    assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2
+    code, _, err = call(train_dvae, "--resume", "--workers", 0)
+    assert code == 2 and "at step 3 already" in err
     code, _, err = call(train_clip, *small)
     assert code == 2 and "holds no bpe.json; train it with: python train_prior.py" in err
     for script in (train_prior, train_clip):

@@ -122,7 +122,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_asked_to_stop(run_dir):
-    """By SIGTERM; test_pipeline.py tries Ctrl-C."""
+    """By SIGTERM; test_resume.py tries Ctrl-C."""
     log = run_dir / "log.jsonl"
     log.unlink()
     run = Run("train_prior", run_dir, "--steps", 100_000, "--resume", "--eval-every", 100_000)
