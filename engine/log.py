@@ -92,7 +92,7 @@ def shipped_values(stage: str, settings: dict) -> dict[int, dict]:
                 values.setdefault(entry["step"], {}).update(entry)
         theirs = values[0]["settings"]
         same = all(theirs[name] == settings[name] for name in ("preset", "steps"))
-        same = same and Path(theirs["data"]).parts[-2:] == Path(settings["data"]).parts[-2:]
+        same = same and Path(theirs["data"]).name == Path(settings["data"]).name
     except (OSError, ValueError, KeyError, TypeError):  # none, or one that somebody is rewriting
         return {}
     return values if same else {}

@@ -170,7 +170,7 @@ def main() -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     states = [file for stage in REPLACES for file in names(stage)]
     set_aside(run_dir, *states, *REPLACES["dvae"])  # what belonged to another dVAE
-    about = {"config": asdict(dvae.config), "preset": "small", "image_size": size}
+    about = {"config": asdict(dvae.config), "preset": "small", "data": "toy", "image_size": size}
     save(run_dir / "dvae.pt", {**about, "model": dvae.state_dict(), "step": 0})
     print(
         f"{run_dir}/dvae.pt: {size} × {size} pixels as {(size // factor) ** 2} tokens of "

@@ -112,10 +112,9 @@ class Run:
             self.values |= about.get("config", {}) | about.get("run", {})
         if args.seed is None:
             args.seed = self.values.get("seed", 0)
-        if self.preset not in args.presets or (stage != "dvae" and not self.image_size):
+        size = stage == "dvae" or self.image_size
+        if self.preset not in args.presets or not (self.data and size):
             raise ValueError(f"{source} does not say how it was trained: make it again")
-        if self.data is None:
-            raise ValueError(f"{source} does not say on what data: give --data")
         self.start, self.step, self.begun, self.stopping = 0, 0, False, 0
         self.skipped = self.skipped_in_a_row = 0
         # in float16 a scale that is too large takes up to 125 updates for each division by √2 (D)
