@@ -1,12 +1,15 @@
-"""Schedules at the paper's points, averaging in closed form, the order of the data, files."""
+"""Schedules at the paper's points, averaging in closed form, the order of the data, files, codes
+that stay in use."""
 
 import argparse
 import json
 import math
 import random
 
+import drawings
 import pytest
 import torch
+from scripts import call, last
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engine.log
@@ -234,3 +237,23 @@ def test_a_look_stands_beside_the_shipped_runs(tmp_path, monkeypatch):
     assert not line(steps=30) and not line(data="here/photos.tsv") and not line(preset="small")
     shipped.write_text('{"stage": "dv')
     assert line() == ""
+
+
+def test_flat_logos_keep_their_codes(tmp_path):
+    """Where a picture is flat the density has no bound: without the presets' floor of ln b, their
+    β and their gain 32 of 256 codes are left here after as many updates, with them 113."""
+    drawings.write("logos", tmp_path / "logos")
+    options = ["--steps", 400, "--eval-every", 400, "--val", tmp_path / "logos"]
+    code, *_ = call(
+        train_dvae, "--tiny", "--data", tmp_path / "logos", "--run-dir", tmp_path, *options
+    )
+    assert code == 0 and last(tmp_path, "dvae", "codes") > 50
+
+
+def test_few_codes_are_said_once(tmp_path, monkeypatch):
+    found = {"val_psnr": 9.0, "codes": 3, "elb": 0.0, "relaxed_elb": 0.0}
+    monkeypatch.setattr(train_dvae, "evaluate", lambda *_: found)
+    options = ["--steps", 5, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
+    code, out, err = call(train_dvae, "--tiny", "--run-dir", tmp_path, *options)
+    assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
+    assert "begin again with twice the --kl-weight" in out
