@@ -482,7 +482,8 @@ class Run:
         if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
             reason = "another process of this run was lost; go on with --resume"
             raise Stop(f"{reason} ({str(error).splitlines()[0]})", alone=True) from error
-        if "can't allocate memory" in str(error):  # what the CPU's allocator says
+        # what the CPU's allocator says, and what oneDNN does
+        if any(words in str(error) for words in ("can't allocate memory", "create a primitive")):
             raise out_of_memory(error, self) from error
         if isinstance(error, (OSError, ValueError)):
             reason = str(error).strip().split("\n")[-1]  # of the traceback a loading process sends
