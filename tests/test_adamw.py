@@ -161,6 +161,7 @@ def on_two_gpus(rank, port):
     mesh = init_device_mesh("cpu", (2,))
     for moments in (32, 16):
         sharded(mesh, moments)
+    dist.barrier()  # one that leaves early can abort another
     dist.destroy_process_group()
 
 
