@@ -33,7 +33,7 @@ from engine.cli import check_ranges, choose, start, trainer_parser
 from engine.run import Run
 from scale import fast
 from scale.adamw import AdamW
-from scale.parallel import matrices
+from scale.formats import matrices
 from transformer import Transformer, TransformerConfig, pad_text
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from bpe import BPE
 from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
+from scale.formats import matrices
 from transformer import Transformer, TransformerConfig
 
 MAKERS = {
@@ -89,7 +90,12 @@ def load(path: Path, weights: bool = True) -> dict:
         raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of this project: expected a dictionary")
-    return state if weights else {k: v for k, v in state.items() if k != "model"}
+    return state if weights else without_weights(state)
+
+
+def without_weights(state: dict) -> dict:
+    """What a checkpoint says beside its weights."""
+    return {name: value for name, value in state.items() if name != "model"}
 
 
 def load_model(path: Path, Model: type, Config: type, state: dict | None = None) -> nn.Module:
@@ -144,11 +150,9 @@ def load_run(run_dir: Path, device: str = "cpu", dtype: str = "fp32") -> Models:
         text_vocabs.add(clip.config.text_vocab)
     if len(text_vocabs) > 1 or prior.config.image_vocab != dvae.config.vocab_size:
         raise ValueError(f"the files in {run_dir} are not of one run: their vocabularies differ")
-    for p in prior.blocks.parameters():
-        if p.ndim == 2:
-            p.data = p.data.to(DTYPES[dtype])
-    about = {k: v for k, v in about.items() if k != "model"}
-    return Models(bpe, dvae, prior.to(device), clip, about)
+    for _, p in matrices(prior):
+        p.data = p.data.to(DTYPES[dtype])
+    return Models(bpe, dvae, prior.to(device), clip, without_weights(about))
 
 
 def check_config(path: Path, found: dict, expected) -> None:

@@ -42,6 +42,7 @@ from data.loader import Samples, derive, held_out, images_to, micro_batches
 from engine import checkpoint, state
 from engine.cli import Stop, check_batches, newest_run, pick_device
 from engine.log import Bar, Log, beside_shipped, draw_curves, going_on
+from scale.formats import matrices
 from scale.gradient_scales import GradientScales, sum_bias_gradients_in_32_bits
 from scale.parallel import (
     Loss,
@@ -52,7 +53,6 @@ from scale.parallel import (
     fill,
     launch,
     machine_mesh,
-    matrices,
     replicate,
     shard,
     shut_down,
@@ -88,8 +88,9 @@ class Run:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
-            newest = args.resume and not args.preset and newest_run("dvae.pt")
-            self.dir = args.run_dir or self.world.share(lambda: newest) or Path("runs") / preset
+            goes_on = args.resume and not args.preset
+            newest = self.world.share(lambda: newest_run("dvae.pt")) if goes_on else None
+            self.dir = args.run_dir or newest or Path("runs") / preset
         else:
             self.dir = args.run_dir or self.world.share(
                 lambda: newest_run(*NEEDS[stage]) or newest_run("dvae.pt")
@@ -112,8 +113,8 @@ class Run:
             self.values |= about.get("config", {}) | about.get("run", {})
         if args.seed is None:
             args.seed = self.values.get("seed", 0)
-        size = stage == "dvae" or self.image_size
-        if self.preset not in args.presets or not (self.data and size):
+        says_size = stage == "dvae" or self.image_size
+        if self.preset not in args.presets or not self.data or not says_size:
             raise ValueError(f"{source} does not say how it was trained: make it again")
         self.start, self.step, self.begun, self.stopping = 0, 0, False, 0
         self.skipped = self.skipped_in_a_row = 0

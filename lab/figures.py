@@ -30,6 +30,7 @@ from engine.checkpoint import load, load_model, write_picture
 from engine.cli import Parser, check_output, start
 from engine.log import save, subplots
 from sample import draw
+from scale.formats import matrices
 from train_dvae import reconstructions
 from transformer import Transformer, TransformerConfig, attention_mask, layer_kind
 
@@ -154,10 +155,10 @@ def print_prior(config: TransformerConfig) -> None:
     """The weights and the order of the layers of a prior (B.1)."""
     with torch.device("meta"):
         model = Transformer(config)
-    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    in_matrices = sum(p.numel() for _, p in matrices(model))
     everything = sum(p.numel() for p in model.parameters())
     print(f"{config.n_layer} layers, {config.n_head} heads, d = {config.d_model}")
-    print(f"{matrices:>15,} weights in the matrices of the {len(model.blocks)} resblocks")
+    print(f"{in_matrices:>15,} weights in the matrices of the {len(model.blocks)} resblocks")
     print(f"{everything:>15,} with embeddings, heads, gains and biases")
     print("layers:", *(layer_kind(i, config.n_layer) for i in range(1, config.n_layer + 1)))
 

@@ -26,7 +26,8 @@ from data.files import open_dataset
 from dvae import DVAE, DVAEConfig
 from engine.cli import Parser, check_batches, choose, start, trainer_parser
 from scale.fast import upsample_late, use_blocks
-from scale.parallel import checkpoint_activations, matrices
+from scale.formats import matrices
+from scale.parallel import checkpoint_activations
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
 GB = 2**30  # as in the memory of GPUs

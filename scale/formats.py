@@ -1,5 +1,5 @@
 """
-The paper's own 16-bit formats (B.2, E.2).
+The paper's own 16-bit formats, and what it keeps in 16 bits (B.2, D.2, E.2).
 
 Six bits of exponent reach down to 2⁻⁶⁷, where float16 with its five ends at 2⁻²⁴, and what they
 take from the significand matters little to a running mean or an error buffer.
@@ -15,13 +15,19 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Bits of the sign and of the significand, and the exponent's bias. 1-6-9: the paper's 59, so that
 # the largest value is slightly under 16 (E.2). 0-6-10: our reading, 60, the largest bias that
 # holds 5, to which the variance is clipped (B.2): the largest value is slightly under 8, and as
 # many exponents as can be are left for the small values, down to 2⁻⁶⁹.
 FORMATS = {"1-6-9": (1, 9, 59), "0-6-10": (0, 10, 60)}
+
+
+def matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The matrices of a transformer's resblocks, which the paper keeps in 16 bits and compresses;
+    all else it leaves as it is: embeddings, unembeddings, gains and biases (D.2, E)."""
+    return [(name, p) for name, p in model.blocks.named_parameters() if p.ndim == 2]
 
 
 def largest(fmt: str) -> float:

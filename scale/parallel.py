@@ -36,12 +36,6 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
 
 
-def matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The matrices of a transformer's resblocks, which the paper keeps in 16 bits and compresses;
-    all else it leaves as it is: embeddings, unembeddings, gains and biases (D.2, E)."""
-    return [(name, p) for name, p in model.blocks.named_parameters() if p.ndim == 2]
-
-
 @dataclass
 class World:
     """This process among those of torchrun; alone without it."""

@@ -1,8 +1,10 @@
 """Pictures that people bring: broken ones are passed over, and a run goes on with those it began
 with."""
 
+import json
 import random
 import re
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -84,12 +86,18 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
 
     # another BPE, as of weights to fine-tune: the reranker that read the first is set aside
     stage(train_prior, "--steps", 2)
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert sum(row["stage"] == "prior" and "settings" in row for row in rows) == 1
     assert (run_dir / "clip.pt").exists() and not (run_dir / "bpe.json.old").exists()
     (tmp_path / "b").mkdir()
     (run_dir / "prior.pt").rename(tmp_path / "b/prior.pt")
     merges = BPE.load(run_dir / "bpe.json").merges
     BPE(merges[:-1] + [(1, 2)]).save(tmp_path / "b/bpe.json")
-    stage(train_prior, "--steps", 2, "--init-from", tmp_path / "b/prior.pt")
+    with mock.patch.object(train_prior, "AdamW", wraps=train_prior.AdamW) as adamw:
+        fine_tune = ["--init-from", tmp_path / "b/prior.pt", "--moments", 16]
+        stage(train_prior, "--steps", 2, *fine_tune)
+    kept = adamw.call_args.kwargs["in_16_bits"]  # the resblocks' matrices alone (D.2)
+    assert len(kept) == 6 * 4 and all(p.ndim == 2 for p in kept)  # six layers of emoji's
     assert BPE.load(run_dir / "bpe.json").merges[-1] == (1, 2)
     assert BPE.load(run_dir / "bpe.json.old").merges == merges
     assert (run_dir / "clip.pt.old").exists() and not (run_dir / "clip.pt").exists()

@@ -147,6 +147,7 @@ def test_a_picture_is_drawn_and_drawn_again(tiny_run, tmp_path):
         (train_dvae, ["--tiny", "--data", "."], "no images"),
         (train_dvae, ["--tiny", "--batch-size", "0"], "from 1"),
         (train_dvae, ["--tiny", "--steps", "-3"], "from 1"),
+        (train_dvae, ["--tiny", "--workers", "65"], "0 to 64"),
         (train_dvae, ["--tiny", "--micro-batch", "7"], "not a multiple"),
         (train_dvae, ["--tiny", "--image-size", "30"], "multiple of 4"),
         (train_dvae, ["--tiny", "--device", "cuda:0"], "not there"),

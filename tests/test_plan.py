@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from dvae import DVAEConfig
 from lab import plan
 from transformer import Transformer, TransformerConfig, pad_text
 
@@ -45,6 +46,16 @@ def test_what_is_kept_is_what_a_real_pass_keeps():
     assert 0.8 < cost.kept / sum(kept.values()) < 1.6
     _, again = plan.prior_cost(CONFIG, 3, True)
     assert again.kept < cost.kept and cost.flops < again.flops < 1.5 * cost.flops
+
+
+def test_the_decoder_is_counted_as_it_is_trained(monkeypatch):
+    """Upsampling comes behind the 1 × 1 convolutions, which so have a quarter of the pixels."""
+    config = DVAEConfig(n_hid=8, n_init=8, n_groups=2, blocks_per_group=1, vocab_size=16)
+    _, trained = plan.dvae_cost(config, 16, 2)
+    monkeypatch.setattr(plan, "upsample_late", lambda decoder: None)
+    _, readable = plan.dvae_cost(config, 16, 2)
+    # identity path and first convolution, 16 channels to 8 and to 2, at 64 pixels in place of 256
+    assert readable.flops - trained.flops == 3 * 2 * 2 * (256 - 64) * 16 * (8 + 2)
 
 
 @pytest.mark.parametrize(

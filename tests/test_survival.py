@@ -32,8 +32,9 @@ from bpe import BPE
 from clip import CLIP, CLIPConfig
 from dvae import DVAE, DVAEConfig
 from engine import checkpoint, openai
-from engine.cli import start
+from engine.cli import Stop, start
 from engine.log import Log
+from engine.run import Run as RunOfAStage
 from engine.run import out_of_memory
 from lab import judge
 from scale.parallel import World
@@ -251,6 +252,21 @@ def test_out_of_memory(run_dir):
     (line,) = run.complaints()
     assert "out of memory on cpu with 3000 samples at once: try --micro-batch 1500," in line
     assert checkpoint.load(run_dir / "dvae_state.pt")["step"] == 10
+
+
+def test_whatever_says_that_memory_is_out():
+    """Python, the allocator, oneDNN: one line with advice; before the run has begun, `start`'s."""
+    run = SimpleNamespace(micro_batch=4, stage="dvae", device="cpu")
+    for error in (
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"),
+        RuntimeError("could not create a primitive"),
+    ):
+        run.begun = True
+        with pytest.raises(Stop, match="out of memory on cpu .* try --micro-batch 2"):
+            RunOfAStage.__exit__(run, type(error), error, None)
+        run.begun = False
+        assert RunOfAStage.__exit__(run, type(error), error, None) is None
 
 
 def test_out_of_memory_says_what_divides(capsys):
