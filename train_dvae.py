@@ -23,6 +23,7 @@ from data.listings import preprocess_dvae
 from data.sheets import sheet, to_images
 from dvae import DVAE, DVAEConfig
 from engine.cli import check_ranges, choose, start, trainer_parser
+from engine.codes import CodesInUse
 from engine.run import Run
 from scale import fast
 
@@ -51,6 +52,7 @@ class DVAETraining:
     ema: float = 0.999  # decay of the averaged weights, at every update (A.2)
     kl_weight: float = 6.6  # β, to which the KL term's weight grows from 0 (A.2)
     kl_steps: int = 5000  # updates in which it grows; 0: as large from the start (A.2)
+    min_usage: float = 0.0  # share of the codes; while fewer are in use β is × 4; not the paper's
     tau_start: float = 1.0  # τ of the relaxation at the start (A.2)
     tau_end: float = 1 / 16  # τ at the end, where relaxed and true bound meet (2.1, A.2)
     tau_steps: int = 150_000  # updates from one τ to the other (A.2)
@@ -67,17 +69,17 @@ PRESETS = {
     "tiny": dict(n_hid=32, n_init=64, n_groups=3, blocks_per_group=1, vocab_size=256,
                  input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=17_000, lr=4e-3,
                  lr_end=5e-5, lr_steps=17_000, warmup_steps=200, kl_weight=1.0, kl_steps=0,
-                 tau_steps=17_000, eval_every=1000),
+                 min_usage=0.5, tau_steps=17_000, eval_every=1000),
     "emoji": dict(n_hid=48, n_init=96, n_groups=3, blocks_per_group=1, vocab_size=512,
                   input_gain=8, min_ln_b=-1.0, image_size=32, batch_size=8, steps=16_000, lr=3e-3,
                   lr_end=4e-5, lr_steps=16_000, warmup_steps=200, ema=0.998, kl_weight=1.5,
-                  kl_steps=0, tau_steps=16_000, eval_every=2000),
+                  kl_steps=0, min_usage=0.25, tau_steps=16_000, eval_every=2000),
     "small": dict(n_hid=64, n_init=128, n_groups=4, blocks_per_group=2, vocab_size=1024,
                   input_gain=8, min_ln_b=-1.0, image_size=64, batch_size=128, steps=30_000,
                   lr=1e-3, lr_end=2e-5, lr_steps=30_000, warmup_steps=200, kl_weight=2.0,
-                  kl_steps=0, tau_steps=20_000),
+                  kl_steps=0, min_usage=0.5, tau_steps=20_000),
     "base": dict(n_hid=128, min_ln_b=-1.0, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
-                 lr_steps=500_000, tau_steps=50_000),
+                 lr_steps=500_000, min_usage=0.5, tau_steps=50_000),
     "paper": dict(),
 }  # fmt: skip
 
@@ -140,7 +142,8 @@ def main() -> None:
         adamw = AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
-        run.track(model, adamw, ema, about={"image_size": hp.image_size})
+        in_use = CodesInUse(model.encoder, config.vocab_size)
+        run.track(model, adamw, ema, about={"image_size": hp.image_size}, in_use=in_use)
 
         for step in run.steps(hp.steps):
             # all three schedules are half cosines (A.2)
@@ -149,22 +152,24 @@ def main() -> None:
             lr *= min(1, (step + 1) / (hp.warmup_steps + 1))
             # β; the size rule, 1/192 for a factor of 8, 1/48 for 4, is inside the loss (A.2)
             kl_weight = cosine(step, hp.kl_steps, 0, hp.kl_weight)
+            if in_use.count < hp.min_usage * config.vocab_size:
+                kl_weight *= 4  # not the paper's, and off by default: see CodesInUse
             tau = cosine(step, hp.tau_steps, hp.tau_start, hp.tau_end)
 
             for (images,) in run.passes(batches):
                 run.backward(run.loss(model, images, tau, kl_weight))  # the relaxed bound (2.1)
             run.update(adamw, lr, kl_weight=kl_weight, tau=tau)
             ema.update_parameters(model)  # 0.999 (A.2)
+            in_use.end_update(step, hp.batch_size, run.world)
 
             if run.due():
                 run.save()
                 scores = evaluate(ema.module, val_images, run.micro_batch, tau)
                 run.report(scores)
                 is_early = step + 1 - hp.eval_every < hp.steps / 10 <= step + 1
-                tokens = val_images[:, 0].numel() // config.factor**2  # a few pictures say little
-                if is_early and scores["codes"] < config.vocab_size / 4 < tokens / 16:
+                if is_early and in_use.count < config.vocab_size / 4:
                     run.say(
-                        f"warning: only {scores['codes']} of {config.vocab_size} codes are in use; "
+                        f"warning: only {in_use.count} of {config.vocab_size} codes are in use; "
                         "they seldom come back: begin again with twice the --kl-weight"
                     )
                 run.picture("dvae.png", reconstructions(ema.module, val_images[:16]))

@@ -252,7 +252,7 @@ def main() -> None:
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
             loss = run.update(adamw, lr, clip=hp.clip)  # to 4, which only the warm-up exceeds (B.2)
             halving.see(loss, step + 1, hp)
-            # 0.99 every 25 updates (B.2); the first update starts the average
+            # 0.99 every 25 updates (B.2), from the first on
             if (step + 1) % hp.ema_every == 0 or step == 0:
                 ema.update_parameters(model)
 

@@ -177,7 +177,7 @@ def check_ranges(hp) -> None:
         name, value = field.name, getattr(hp, field.name)
         option = f"--{name.replace('_', '-')}"
         least = int(name in ("steps", "plateau_steps") or name.endswith(("_every", "_size")))
-        shares = ("beta1", "beta2", "ema", "bpe_dropout", "caption_dropout")
+        shares = ("beta1", "beta2", "ema", "min_usage", "bpe_dropout", "caption_dropout")
         most = 1 if name in shares else math.inf
         if not least <= value <= most or value == math.inf:
             raise ValueError(f"{option} is {value}; expected a number from {least} to {most}")

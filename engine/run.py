@@ -240,7 +240,7 @@ class Run:
     def average(self, model: nn.Module, decay: float) -> AveragedModel:
         """The exponential moving average of a model's parameters; its first update starts it."""
         ema = AveragedModel(
-            nn.Identity() if self.mesh else model, multi_avg_fn=get_ema_multi_avg_fn(decay)
+            nn.Identity() if self.mesh else model, multi_avg_fn=moving_average(decay)
         )
         if self.mesh:  # shards cannot be copied
             ema.module = self.sharded(state.whole(model))
@@ -489,6 +489,18 @@ class Run:
         if isinstance(error, (OSError, ValueError)):
             reason = str(error).strip().split("\n")[-1]  # of the traceback a loading process sends
             raise Stop(f"{reason}; what was saved before is kept", alone=True) from error
+
+
+def moving_average(decay: float) -> Callable:
+    """For AveragedModel: after n updates the decay is at most (1 + n) / (10 + n). Our reading, for
+    the paper does not say how it starts; the rule is TensorFlow's, lest the average of a short
+    run be mostly of weights that have learned nothing yet."""
+
+    def update(averages: list[Tensor], parameters: list[Tensor], n: Tensor) -> None:
+        at_most = (1 + n.item()) / (10 + n.item())
+        get_ema_multi_avg_fn(min(decay, at_most))(averages, parameters, n)
+
+    return update
 
 
 def out_of_memory(error: BaseException, run: Run) -> Stop:

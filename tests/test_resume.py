@@ -8,6 +8,8 @@ import soak
 import torch
 from scripts import Trainer, log_of, run
 
+from engine import checkpoint
+
 
 def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
     """Interrupted by Ctrl-C somewhere, both stages end with the same bits."""
@@ -35,6 +37,8 @@ def test_resumed_training_repeats_an_uninterrupted_one(tmp_path):
             assert (value == b["model"][key]).all(), key
         steps = [e["step"] for e in log_of(broken, stage) if "loss" in e]
         assert steps == sorted(set(steps))
+    a, b = (checkpoint.load(run_dir / "dvae_state.pt") for run_dir in (whole, broken))
+    assert a["in_use"] == b["in_use"] and 39 in a["in_use"]["last_used"]
 
 
 def test_torchrun_gives_the_same_losses(tmp_path):

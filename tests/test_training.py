@@ -9,8 +9,9 @@ import random
 import drawings
 import pytest
 import torch
+import torch.nn.functional as F
 from scripts import call, last
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 import engine.log
 import train_dvae
@@ -18,7 +19,9 @@ import train_prior
 from data.loader import Samples, micro_batches
 from engine import checkpoint
 from engine.cli import check_batches, choose
+from engine.codes import CodesInUse
 from engine.log import Log, beside_shipped
+from engine.run import moving_average
 from scale.parallel import World
 from train_dvae import cosine
 
@@ -79,16 +82,21 @@ def test_numbers_no_run_could_use_are_refused(field, value):
 
 
 def test_iterate_averaging_is_the_closed_form():
+    """Σ w_k x_k, of weights that sum to 1: the first of n iterates starts the average, and each
+    next one takes its share of it, at first the larger of 1 − decay and 9 / (9 + n)."""
     model = torch.nn.Linear(1, 1, bias=False)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    values = [random.Random(k).uniform(-1, 1) for k in range(60)]
-    for value in values:
+    average = AveragedModel(model, multi_avg_fn=moving_average(0.9))
+    values = [random.Random(k).uniform(-1, 1) for k in range(120)]
+    weights = []
+    for n, value in enumerate(values):
         model.weight.data.fill_(value)
         average.update_parameters(model)
-    n = len(values) - 1  # the first iterate starts the average
-    expected = 0.99**n * values[0]
-    expected += sum(0.01 * 0.99 ** (n - k) * values[k] for k in range(1, n + 1))
-    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+        share = max(0.1, 9 / (10 + n)) if n else 1
+        weights = [weight * (1 - share) for weight in weights] + [share]
+        expected = sum(w * x for w, x in zip(weights, values))
+        assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+    assert weights[-1] == 0.1 and weights[-2] == pytest.approx(0.09)  # 0.1 · 0.9^k from n = 80 on
+    assert sum(weights) == pytest.approx(1)
 
 
 def test_the_step_size_halves_on_plateaus_five_times():
@@ -239,21 +247,47 @@ def test_a_look_stands_beside_the_shipped_runs(tmp_path, monkeypatch):
     assert line() == ""
 
 
-def test_flat_logos_keep_their_codes(tmp_path):
-    """Where a picture is flat the density has no bound: without the presets' floor of ln b, their
-    β and their gain 32 of 256 codes are left here after as many updates, with them 113."""
-    drawings.write("logos", tmp_path / "logos")
-    options = ["--steps", 400, "--eval-every", 400, "--val", tmp_path / "logos"]
+def test_black_lines_keep_their_codes(tmp_path):
+    """On flat pictures codes go out of use most easily. After as many updates 32 of 256 are left
+    here without the larger β of few codes, with it 78."""
+    drawings.write("lines", tmp_path / "lines")
+    options = ["--steps", 400, "--eval-every", 400, "--val", tmp_path / "lines"]
     code, *_ = call(
-        train_dvae, "--tiny", "--data", tmp_path / "logos", "--run-dir", tmp_path, *options
+        train_dvae, "--tiny", "--data", tmp_path / "lines", "--run-dir", tmp_path, *options
     )
-    assert code == 0 and last(tmp_path, "dvae", "codes") > 50
+    assert code == 0 and last(tmp_path, "dvae", "codes") > 55
 
 
-def test_few_codes_are_said_once(tmp_path, monkeypatch):
+def test_codes_in_use_are_those_of_the_last_512_pictures():
+    """Against a count from the start, of three micro-batches an update; another process's codes
+    count too."""
+    encoder, rng = torch.nn.Identity(), random.Random(0)  # whose input are the logits
+    in_use = CodesInUse(encoder, 64)
+    others = torch.zeros(64)
+    both = argparse.Namespace(mean=lambda used: (used + others) / 2)
+    pictures = []  # the codes of each update
+    for step in range(230):
+        others.zero_()[rng.randrange(64)] = 1
+        seen = set(others.nonzero().flatten().tolist())
+        for _ in range(3):
+            tokens = torch.randint(rng.randrange(1, 65), (8, 2, 2))
+            encoder(F.one_hot(tokens, 64).permute(0, 3, 1, 2).float())
+            seen |= set(tokens.flatten().tolist())
+        in_use.end_update(step, 48, both)
+        pictures.append(seen)
+        expected = len(set().union(*pictures[-11:]))  # 10 updates of 48 are 480
+        assert in_use.count == (expected if step >= 199 else 64)
+
+
+def test_few_codes_are_said_once_and_weigh_the_kl_term_more(tmp_path, monkeypatch):
+    def three(self, *_):
+        self.tokens, self.count = [], 3
+
+    monkeypatch.setattr(CodesInUse, "end_update", three)
     found = {"val_psnr": 9.0, "codes": 3, "elb": 0.0, "relaxed_elb": 0.0}
     monkeypatch.setattr(train_dvae, "evaluate", lambda *_: found)
     options = ["--steps", 5, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
     code, out, err = call(train_dvae, "--tiny", "--run-dir", tmp_path, *options)
     assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
     assert "begin again with twice the --kl-weight" in out
+    assert last(tmp_path, "dvae", "kl_weight") == 4 * train_dvae.PRESETS["tiny"]["kl_weight"]
