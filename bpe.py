@@ -2,13 +2,14 @@
 
 A caption is lowercased and cut into words, digits, signs and spaces; the UTF-8 bytes of a word are
 merged pair by pair into larger pieces, all else stays bytes. Ids 0..255 are the bytes, 256 + k is
-the piece made by the k-th merge, so any text can be encoded and there is no unknown token. While
-the prior trains, a tenth of the merges is dropped at random (Provilkov et al. 2019), so that it
-sees each word in many spellings:
+the piece made by the k-th merge, so any text can be encoded and there is no unknown token:
 
 >>> bpe = BPE.train(["a red cube", "a red cone"], vocab_size=264)
 >>> [bpe.pieces[i] for i in bpe.encode("A red CUBE")]
 [b'a', b' ', b'red', b' ', b'c', b'u', b'b', b'e']
+
+While the prior trains, a tenth of the merges is dropped at random (Provilkov et al. 2019), so that
+it sees each word in many spellings.
 
 Left out: special tokens (start-of-text and the pads belong to the prior), texts kept in upper case,
 and vocabularies of other tokenizers.

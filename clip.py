@@ -32,7 +32,7 @@ class CLIPConfig:
     image_size: int = 224  # pixels along each side (CLIP, Table 20)
     patch: int = 32  # pixels along each side of a patch (CLIP, Table 20)
     d_image: int = 768  # width of the encoder of images (CLIP, Table 20)
-    text_vocab: int = 49406  # pieces of the BPE (CLIP, Table 18)
+    text_vocab: int = 49406  # pieces of the BPE, without start and end of text (CLIP, Table 18)
     text_len: int = 77  # a caption's tokens and the end of text (CLIP 2.4)
     d_text: int = 512  # width of the encoder of captions (CLIP, Table 20)
     n_layer: int = 12  # layers of each encoder (CLIP, Table 20)
@@ -171,7 +171,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The initialisation of CLIP's released code."""
+        """As CLIP's released code starts its text encoder, for both of them; biases are 0."""
         image, text, c = self.image_encoder, self.text_encoder, self.config
         for encoder, d in ((image, c.d_image), (text, c.d_text)):
             for block in encoder.blocks:

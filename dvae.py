@@ -152,6 +152,7 @@ class Encoder(nn.Module):
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         self.factor = config.factor
+        # before the groups and after each: 1, 1, 2, 4, 8 times n_hid (A.1)
         widths = [config.n_hid * 2 ** max(g - 1, 0) for g in range(config.n_groups + 1)]
         # max-pooling gave a better bound than average-pooling
         groups = resblock_groups(widths, (3, 3, 3, 1), nn.MaxPool2d(2), config)

@@ -166,12 +166,12 @@ def draw(
         tokens[rows, k - 1] = so_far[:, k - 1]
         bar.update()
         if watch is not None and k % grid == 0:
-            begun = images + pictures()
+            begun = images + pictures(rows)
             blank = Image.new("RGB", begun[0].size, (GREY,) * 3)
             watch(begun + [blank] * (P * C - len(begun)))
 
-    def pictures() -> list[Image.Image]:
-        """Of `rows`, as far as they are drawn, with the reranker's scores."""
+    def pictures(rows: Tensor) -> list[Image.Image]:
+        """Of these rows, as far as they are drawn, with the reranker's scores."""
         pixels = paint(dvae, tokens[rows].view(-1, grid, grid))
         found, scores = to_images(pixels), [None] * len(rows)
         if clip is not None and tokens[rows].min() >= 0:
@@ -188,11 +188,12 @@ def draw(
                     prior, of_prompt, kept, uniforms[rows % C],
                     temperature, top_k, top_p, guidance, on_token,
                 )  # fmt: skip
-            images += pictures()
+            images += pictures(rows)
     except KeyboardInterrupt:
         stopped = True
+        # the batch under way has begun and is not among the images yet
         if len(images) == rows[0] and tokens[rows[0], len(prefix)] >= 0:
-            images += pictures()
+            images += pictures(rows)
     finally:
         bar.close()
     if top is not None:

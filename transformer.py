@@ -240,8 +240,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal, of standard deviation 0.5/√d_in, embeddings 0.02, what is added to the identity
-        path scaled down as GPT-2 does: our reading, in place of Child et al.'s 0.125/√d_in (B.1).
+        """Normal, of standard deviation 0.5/√d_in, embeddings 0.02: our reading, where Child et al.
+        have 0.125/√d_in (B.1). What joins the identity path is divided by √(2 n_layer), as theirs.
 
         A model built on `meta` needs it after `to_empty(device=…)`.
         """

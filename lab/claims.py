@@ -88,12 +88,13 @@ def train(script: str, options: dict[Path, list[str]], steps: int, jobs: int = 2
 
 def sweep(betas: list[float], taus: list[float]) -> list[list[dict]]:
     """Short trainings of a small dVAE for each KL weight and final temperature: for each of them
-    the evaluations at the end, a seed each. The averaging is short, since the runs are."""
+    the evaluations at the end, a seed each. The averaging is short, since the runs are, and the
+    weight is as given, however few codes are in use."""
     runs, options = [(b, t, s) for b in betas for t in taus for s in SEEDS], {}
     for beta, tau, seed in runs:
         run = RUNS / "dvae" / f"kl-weight-{beta:g}-tau-end-{tau:g}-seed-{seed}"
         options[run] = ["--n-hid", "16", "--ema", "0.98", "--kl-weight", str(beta)]
-        options[run] += ["--tau-end", str(tau), "--seed", str(seed)]
+        options[run] += ["--min-usage", "0", "--tau-end", str(tau), "--seed", str(seed)]
     entries = train("train_dvae.py", options, STEPS)
     return [entries[k : k + len(SEEDS)] for k in range(0, len(entries), len(SEEDS))]
 

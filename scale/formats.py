@@ -17,8 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-# Bits of the sign and of the significand, and the exponent's bias. 1-6-9: the paper's 59, so that
-# the largest value is slightly under 16 (E.2). 0-6-10: our reading, 60, the largest bias that
+# Bits of the sign and of the significand, and the exponent's bias. 1-6-9: 59, for with it the
+# largest value is slightly under 16, as in E.2. 0-6-10: our reading, 60, the largest bias that
 # holds 5, to which the variance is clipped (B.2): the largest value is slightly under 8, and as
 # many exponents as can be are left for the small values, down to 2⁻⁶⁹.
 FORMATS = {"1-6-9": (1, 9, 59), "0-6-10": (0, 10, 60)}

@@ -49,8 +49,8 @@ class AtOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        # What overflows by the scale itself must reach the parameters' gradients, so that the
-        # scale falls; only what came in broken is dropped here.
+        # Our reading, filtered first: what overflows by the scale itself must reach the parameters'
+        # gradients, so that the scale falls; only what came in broken is dropped here.
         return (filtered(grad) * scale).to(ctx.dtype), None
 
 
@@ -123,8 +123,9 @@ class GradientScales:
 
     @torch.no_grad()
     def finish(self, step: int) -> bool:
-        """After backward (and averaging over replicas): divide the resblocks' gradients by their
-        scales, adapt the scales, and say whether this update may be made.
+        """After backward, in which replicas average, and before PowerSGD (E.2, step 2): divide the
+        resblocks' gradients by their scales, adapt the scales, and say whether this update may be
+        made.
 
         × 2^(1/1000) for a resblock whose parameters' gradients are all finite; else ÷ √2, at most
         once in 125 updates, and the update is skipped.

@@ -38,10 +38,10 @@ from scale.parallel import local, sharded_like
 
 EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well defined
 
-# What P and Q' are multiplied by in the 1-6-9 format. The paper has constants and does not give
-# them: our reading, one for both. A buffer holds less than 16, so that what a row of 4d = 15872
-# and a column of Q make is about 16 · √15872 · 5 = 10,000 at most, and Q' is less: times 2⁻¹⁰ both
-# stay below the format's 16 for as long as the buffer does. What is above 2⁻⁴⁸ keeps all 9 bits.
+# What P and Q' are multiplied by in the 1-6-9 format. The paper has a constant for each and does
+# not give them (D.3): our reading, one for both. A buffer holds less than 16, so that what a row of
+# 4d = 15872 and a column of Q make is about 16 · √15872 · 5 = 10,000 at most, and Q' is less: times
+# 2⁻¹⁰ both stay below the format's 16 while the buffer does. What is above 2⁻⁴⁸ keeps all 9 bits.
 SCALE = 2.0**-10
 
 Key = tuple[str, int]  # a parameter's name, and which of its pieces
@@ -150,7 +150,7 @@ class PowerSGD:
             E, grad = self.errors[name], local(p.grad)
             for e, g in zip(pieces(name, E), pieces(name, grad)):
                 finite.append(g.isfinite().all())
-                e += torch.where(finite[-1], g, 0)  # (2); about 5% of the paper's were not
+                e += torch.where(finite[-1], g, 0)  # (2); 5% of its updates were not
             self.errors[name] = E
             for i, e in enumerate(pieces(name, self.errors[name])):
                 P[name, i] = e @ self.Q[name, i]  # (3)

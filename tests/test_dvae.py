@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.distributions as D
+import torch.nn.functional as F
 
 from dvae import (
     DVAE,
@@ -166,6 +167,27 @@ def test_loss_is_the_bound(n_groups, size_rule):
     torch.testing.assert_close(loss, recon + 6.6 / size_rule * kl_per_position.mean())
     mse = (unmap_pixels(torch.sigmoid(mu)) - images).square().mean()
     torch.testing.assert_close(metrics["psnr"], -10 * mse.log10())
+
+    torch.manual_seed(3)  # the bound is one at β = 1 only
+    bound = (-recon - kl_per_position.mean() / size_rule).detach()
+    torch.testing.assert_close(model.elb(images, 0.7), bound)
+    tokens = q.probs.argmax(-1)  # without noise (2.2)
+    assert torch.equal(model.encode(images), tokens)
+    mu, ln_b = model.decoder(F.one_hot(tokens, 16).permute(0, 3, 1, 2).double()).chunk(2, 1)
+    base = D.Laplace(mu, ln_b.exp())
+    density = D.TransformedDistribution(base, [D.transforms.SigmoidTransform()])
+    nats = -density.log_prob(x).mean() - math.log(0.8 / 255)  # a grey level's width behind phi
+    torch.testing.assert_close(model.distortion(images), nats.detach())
+
+
+def test_samples_of_q_are_distributed_as_it():
+    """encode(sample=True), of footnote 6: each position's frequencies over 4,000 draws."""
+    model = tiny()
+    images = torch.rand(1, 3, 4, 8)
+    q = model.encoder(map_pixels(images)).softmax(1)  # [1, K, 1, 2]
+    drawn = model.encode(images.expand(4000, -1, -1, -1), sample=True)
+    frequencies = F.one_hot(drawn, 16).float().mean(0).permute(2, 0, 1)
+    assert (frequencies - q[0]).abs().max() < 5 * (0.25 / 4000) ** 0.5
 
 
 def test_gradient_of_the_loss_by_finite_differences():

@@ -13,7 +13,8 @@ PAGES = {
 PAPER = (
     "2, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 3.1, 3.2, 3.3, A.1, A.2, A.3, B.1, B.2, C, D, D.1, D.2, "
     "D.3, E.1, E.2, F, G, Eq. 1, Eq. 2, Eq. 3, Fig. 1, Fig. 2, Fig. 3, Fig. 4, Fig. 5, Fig. 6, "
-    "Fig. 7, Fig. 9, Fig. 10, Fig. 11, Fig. 12, Fig. 13, Listing 1, Listing 2, Table 1, Table 2, "
+    "Fig. 7, Fig. 8, Fig. 9, Fig. 10, Fig. 11, Fig. 12, Fig. 13, Fig. 14, Listing 1, Listing 2, "
+    "Table 1, Table 2, "
     "footnote 4, footnote 6, footnote 7, footnote 12"
 ).split(", ")
 

@@ -330,6 +330,25 @@ def test_logits_are_32_bit_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         text_logits, image_logits = model(*batch(c, 2))
     assert text_logits.dtype == image_logits.dtype == torch.float32
+    x = torch.randn(2, 3, c.d_model)
+    for head in (model.text_head, model.image_head):  # computed so, and not only stored (D.2)
+        expected = model.logits(head, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.logits(head, x), expected)
+
+
+def test_the_stream_is_that_of_figure_10():
+    c = small(text_len=6)
+    model, image = build(c), torch.arange(16) % c.image_vocab
+    text = pad_text([5, 7, 2], 6, c.text_vocab)
+    held = [c.text_vocab, 5, 7, 2, c.text_vocab + 4, c.text_vocab + 5]  # start, pads of 4 and 5
+    words, places = model.text_token.weight, model.text_position.weight
+    stream = [words[y] + places[i] for i, y in enumerate(held)]
+    for k in range(16):
+        before = image[k - 1] if k else c.image_vocab  # start-of-image
+        cell = model.image_row.weight[k // 4] + model.image_column.weight[k % 4]
+        stream.append(model.image_token.weight[before] + cell)
+    torch.testing.assert_close(model.embed(text[None], image[None])[0], torch.stack(stream))
 
 
 def test_the_full_model_has_twelve_billion_weights():
