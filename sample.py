@@ -106,8 +106,8 @@ def draw(
     The images' .info holds prompt, candidate, score (the cosine, or None), options: with these
     draw(**options) draws the same again; and where a picture is continued, `continues`: it, and
     what is kept of it. ValueError, before anything is drawn, for prompts that the model cannot
-    read, files that are not there, numbers out of range. A warning names words that no caption of
-    the training held. Ctrl-C raises KeyboardInterrupt(the images as far as drawn).
+    read, files that are not there, numbers out of range. A warning names words that were in none of
+    the captions which trained the BPE. Ctrl-C raises KeyboardInterrupt(the images as far as drawn).
     """
     options = {k: v for k, v in locals().items() if k not in ("watch", "device")}
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -154,8 +154,9 @@ def draw(
     tokens = torch.full((P * C, grid**2), -1, device=device)  # −1: not drawn yet
     tokens[:, : len(prefix)] = prefix
     # a batch is whole prompts, as many as fit, or a part of one that has more candidates than fit
-    per_batch = batch_size // C * C if C <= batch_size else batch_size
-    batches = torch.arange(P * C, device=device).split(per_batch)  # row = prompt · C + candidate
+    prompts_at_once = max(1, batch_size // C)
+    rows = torch.arange(P * C, device=device)  # row = prompt · C + candidate
+    batches = [b for some in rows.split(prompts_at_once * C) for b in some.split(batch_size)]
     images, stopped = [], False
     precision = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     total = len(batches) * (grid**2 - len(prefix))

@@ -5,8 +5,8 @@ The reranker: train CLIP on the pictures and captions of a run (2.6).
     torchrun --nproc_per_node=8 train_clip.py --run-dir runs/base
 
 Takes the BPE of --run-dir (default: the newest run that holds one) and the preset and data of its
-dVAE, and writes clip.pt; clip_state.pt, all that --resume needs; log.jsonl; clip.png, held-out
-pictures over the captions that it finds nearest.
+prior, or else of its dVAE, and writes clip.pt; clip_state.pt, all that --resume needs; log.jsonl;
+clip.png, held-out pictures over the captions that it finds nearest.
 """
 
 import math
@@ -115,6 +115,11 @@ def main() -> None:
         bpe = BPE.load(run.dir / "bpe.json")
         if args.text_vocab not in (None, bpe.vocab_size):
             raise ValueError(f"--text-vocab {args.text_vocab}: the BPE has {bpe.vocab_size} pieces")
+        beside = args.init_from and args.init_from.parent / "bpe.json"
+        if beside and beside.is_file() and BPE.load(beside).merges != bpe.merges:
+            raise ValueError(
+                f"{args.init_from} reads other pieces than those of {run.dir}/bpe.json"
+            )
         hp = choose(CLIPTraining, run.values, args)
         config = replace(choose(CLIPConfig, run.values, args), text_vocab=bpe.vocab_size)
         train, val = open_dataset(run.data, run.image_size, run.val, filters=args.filters)

@@ -79,7 +79,7 @@ PRESETS = {
                   lr=1e-3, lr_end=2e-5, lr_steps=30_000, warmup_steps=200, kl_weight=2.0,
                   kl_steps=0, min_usage=0.5, tau_steps=20_000),
     "base": dict(n_hid=128, min_ln_b=-1.0, batch_size=256, steps=500_000, lr=3e-4, lr_end=3e-6,
-                 lr_steps=500_000, min_usage=0.5, tau_steps=50_000),
+                 lr_steps=500_000, min_usage=0.25, tau_steps=50_000),
     "paper": dict(),
 }  # fmt: skip
 
@@ -142,7 +142,7 @@ def main() -> None:
         adamw = AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
-        in_use = CodesInUse(model.encoder, config.vocab_size)
+        in_use = CodesInUse(model.encoder, config.vocab_size)  # of the model, not of its average
         run.track(model, adamw, ema, about={"image_size": hp.image_size}, in_use=in_use)
 
         for step in run.steps(hp.steps):
@@ -166,7 +166,7 @@ def main() -> None:
                 run.save()
                 scores = evaluate(ema.module, val_images, run.micro_batch, tau)
                 run.report(scores)
-                is_early = step + 1 - hp.eval_every < hp.steps / 10 <= step + 1
+                is_early = step + 1 - hp.eval_every < max(200, hp.steps / 10) <= step + 1
                 if is_early and in_use.count < config.vocab_size / 4:
                     run.say(
                         f"warning: only {in_use.count} of {config.vocab_size} codes are in use; "

@@ -194,9 +194,9 @@ def main() -> None:
     parser = trainer_parser(
         "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
-    tokens_help = "of pictures; samples regularise a model too large for its data (footnote 6)"
+    tokens_help = "of pictures; default argmax; samples regularise a model too large for its data"
     parser.add_argument(
-        "--tokens", choices=("argmax", "sample"), default="argmax", help=tokens_help
+        "--tokens", choices=("argmax", "sample"), help=f"{tokens_help} (footnote 6)"
     )
     args = parser.parse_args()
     with Run("prior", args) as run:

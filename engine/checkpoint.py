@@ -132,15 +132,21 @@ class Models(NamedTuple):
     about: dict
 
 
-@lru_cache(maxsize=1)
 def load_run(run_dir: Path, device: str = "cpu", dtype: str = "fp32") -> Models:
-    """The models of a run.
+    """The models of a run; those of the last call, while their files are the same.
 
     The matrices of the prior's resblocks are in `dtype`, for autocast to it: gains, biases,
     embeddings and logits stay in 32 bits (D.2). ValueError where a file is missing or of another
     run.
     """
     check_holds(run_dir, "bpe.json", "dvae.pt", "prior.pt")
+    files = [run_dir / name for name in ("bpe.json", "dvae.pt", "prior.pt", "clip.pt")]
+    written = tuple(path.stat().st_mtime_ns for path in files if path.is_file())
+    return read_run(run_dir, device, dtype, written)
+
+
+@lru_cache(maxsize=1)
+def read_run(run_dir: Path, device: str, dtype: str, written: tuple[int, ...]) -> Models:
     bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None
     prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig, about)
     dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)

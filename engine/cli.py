@@ -111,14 +111,15 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("-h", "--help", action="help", help="this; with --tiny or --preset the values of that")
     add("--data", metavar="SPEC", help="toy (default), a folder of images, a table "
         "(.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'")  # fmt: skip
-    add("--filters", action="store_true", help="drop captions and shapes as the paper does (C)")
+    add("--filters", action="store_true", default=None,
+        help="drop captions and shapes as the paper does (C)")  # fmt: skip
     add("--val", metavar="SPEC", help="default: a fixed share is held out")
     add("--run-dir", metavar="DIR", type=Path, help="where everything is; default: the newest run, "
         "or for a new one runs/PRESET")  # fmt: skip
     add("--micro-batch", type=int, metavar="N", help="samples per process and pass")
     add("--seed", type=int, metavar="N", help="of weights, data order and noise; default 0")
     add("--device", help="cuda, mps or cpu; default: the best one there")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of products (2.4, D)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of products (2.4, D); default fp32")
     add("--workers", type=int, default=1, metavar="N", help="loading processes, up to 64")
     add("--resume", action="store_true", help="continue the run in --run-dir")
     add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
@@ -127,8 +128,8 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
             "the GPUs of a machine (2.5), or among this many")  # fmt: skip
         add("--powersgd-rank", type=int, metavar="R",
             help="compress what machines send each other to this rank (E)")  # fmt: skip
-        add("--moments", type=int, choices=(32, 16), default=32, help="bits of Adam's moments and "
-            "PowerSGD's buffers; 16 are the paper's formats (B.2, E.2)")  # fmt: skip
+        add("--moments", type=int, choices=(32, 16), help="bits of Adam's moments and PowerSGD's "
+            "buffers; default 32; 16 are the paper's formats (B.2, E.2)")  # fmt: skip
         add("--checkpoint-activations", action="store_true",
             help="keep only the resblocks' inputs, compute the rest again (2.4)")  # fmt: skip
     for config in configs:
@@ -193,7 +194,7 @@ def check_batches(batch_size: int, micro_batch: int | None, processes: int) -> i
         return batch_size // processes
     if not micro_batch or micro_batch < 1 or batch_size % (micro_batch * processes):
         parts = f"{processes} process(es)"
-        if micro_batch:
+        if micro_batch is not None:
             parts += f" × --micro-batch {micro_batch}"
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {parts}")
     return micro_batch

@@ -16,7 +16,7 @@ class CodesInUse:
     Our own, not the paper's: β is four times as large while they are fewer than `min_usage` of all.
     Codes that go out of use in the first thousand updates seldom come back. A larger β keeps them
     (2.1), but costs detail where none is in danger, as on varied pictures, which have brought most
-    codes into use by update 200. Before that nothing is counted, and `count` is that of all codes.
+    codes into use by update 200. Before that `count` is that of all codes.
     """
 
     def __init__(self, encoder: nn.Module, vocab_size: int) -> None:
@@ -30,11 +30,13 @@ class CodesInUse:
 
     def end_update(self, step: int, batch_size: int, world: World) -> None:
         """Count those of all processes. For all ranks to call."""
-        used = torch.zeros(len(self.last_used), device=self.tokens[0].device)
-        used[torch.cat(self.tokens)] = 1
-        self.tokens = []
+        tokens, self.tokens = torch.cat(self.tokens), []
+        used = torch.zeros(len(self.last_used), device=tokens.device)
+        used[tokens] = 1
         for code in world.mean(used).nonzero().flatten().tolist():
             self.last_used[code] = step
         if step + 1 >= 200:
-            first = step + 1 - math.ceil(512 / batch_size)
+            # small pictures: more of them, until they hold 16 tokens for each code
+            enough = 16 * len(used) / (len(tokens) * world.size)
+            first = step + 1 - math.ceil(max(512 / batch_size, enough))
             self.count = sum(last >= first for last in self.last_used)

@@ -63,6 +63,8 @@ from scale.powersgd import PowerSGD
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
 # whose preset and data a stage goes on with, the first that is there; with --resume its own
 GOES_ON_FROM = {"dvae": [], "prior": ["dvae.pt"], "clip": ["prior.pt", "dvae.pt"]}
+# options of which a run that is resumed keeps its own
+DEFAULTS = {"seed": 0, "filters": False, "dtype": "fp32", "tokens": "argmax", "moments": 32}
 # what a new run of a stage replaces: keeping it would mix two runs
 REPLACES = {
     "dvae": ("dvae.pt", "bpe.json", "prior.pt", "clip.pt", "log.jsonl"),
@@ -111,8 +113,11 @@ class Run:
         self.values = dict(args.presets.get(self.preset, {}))
         if source == own and not args.preset:
             self.values |= about.get("config", {}) | about.get("run", {})
-        if args.seed is None:
-            args.seed = self.values.get("seed", 0)
+        for name, default in DEFAULTS.items():
+            if getattr(args, name, default) is None:
+                setattr(args, name, self.values.get(name, default))
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed is {args.seed}; expected 0 to 2^63 − 1")
         says_size = stage == "dvae" or self.image_size
         if self.preset not in args.presets or not self.data or not says_size:
             raise ValueError(f"{source} does not say how it was trained: make it again")
@@ -275,7 +280,8 @@ class Run:
         if self.state:
             if missing := parts.keys() - self.state.about.keys():
                 expected = ", ".join(missing)
-                raise Stop(f"{self.state.path} is not of such a run: expected its {expected}", 2)
+                reason = f"expected its {expected}, which an earlier version does not save"
+                raise Stop(f"{self.state.path} is not of such a run: {reason}", 2)
             about, own = self.state.about, [dict(group) for group in optimizer.param_groups]
             state.restore(self.state, model, ema, optimizer, self.compressor)
             for group, settings in zip(optimizer.param_groups, own):
@@ -301,7 +307,8 @@ class Run:
             yield step
             self.bar.resume()
             if self.stopping:
-                self.save()
+                if self.is_good():
+                    self.save()
                 self.bar.close()
                 shut_down(self.world)
                 raise Stop(
@@ -418,8 +425,6 @@ class Run:
 
     def save(self) -> None:
         """The averaged weights into NAME.pt, and all that --resume needs into NAME_state."""
-        if not self.is_good():
-            return
         shown = self.ema.module if self.ema else self.model
         weights = state.whole(shown) if self.mesh else shown.state_dict()
         step = {"step": self.step + 1}
@@ -486,6 +491,10 @@ class Run:
         # what the CPU's allocator says, and what oneDNN does
         if any(words in str(error) for words in ("can't allocate memory", "create a primitive")):
             raise out_of_memory(error, self) from error
+        # what a DataLoader says of a process that was killed, as where /dev/shm is full
+        if any(words in str(error) for words in ("killed by signal", "exited unexpectedly")):
+            reason = f"a loading process was lost ({str(error).splitlines()[0]})"
+            raise Stop(f"{reason}: try fewer --workers; go on with --resume", alone=True) from error
         if isinstance(error, (OSError, ValueError)):
             reason = str(error).strip().split("\n")[-1]  # of the traceback a loading process sends
             raise Stop(f"{reason}; what was saved before is kept", alone=True) from error
@@ -497,8 +506,9 @@ def moving_average(decay: float) -> Callable:
     run be mostly of weights that have learned nothing yet."""
 
     def update(averages: list[Tensor], parameters: list[Tensor], n: Tensor) -> None:
-        at_most = (1 + n.item()) / (10 + n.item())
-        get_ema_multi_avg_fn(min(decay, at_most))(averages, parameters, n)
+        count = n.item()
+        warm = min(decay, (1 + count) / (10 + count))
+        get_ema_multi_avg_fn(warm)(averages, parameters, n)
 
     return update
 

@@ -229,12 +229,12 @@ def main() -> None:
         sizes = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
         config = choose(TransformerConfig, preset | sizes, args)
         model, cost = prior_cost(config, micro_batch, args.checkpoint_activations)
-        tokens, moments = config.text_len + config.grid**2, args.moments
+        tokens, moments = config.text_len + config.grid**2, args.moments or 32
     memory = memory_of(
         model,
         cost,
         shards=shards,
-        bits=32 if args.dtype == "fp32" else 16,
+        bits=16 if args.dtype in ("bf16", "fp16") else 32,
         powersgd_rank=args.powersgd_rank,
         moments=moments,
         stored=args.bits_stored,

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 import lab.emoji
-import sample
 from bpe import BPE
 from clip import CLIP, CLIPConfig
 from data import emoji
@@ -27,6 +26,7 @@ from data.files import open_dataset, open_pictures
 from data.listings import area_resize, preprocess_prior
 from data.loader import images_to
 from dvae import DVAE, DVAEConfig
+from engine.checkpoint import read_run
 from tests.scripts import ROOT, call
 from transformer import Transformer, TransformerConfig
 
@@ -446,6 +446,6 @@ def test_lab_emoji_runs(made, tmp_path, monkeypatch):
     code, _, complaint = call(lab.emoji, tmp_path, *options)
     assert code == 2 and "python -m data.emoji" in complaint
     (tmp_path / "clip.pt").unlink()
-    sample.load_run.cache_clear()
+    read_run.cache_clear()
     code, _, complaint = call(lab.emoji, made, *options)
     assert code == 2 and "train_clip.py" in complaint

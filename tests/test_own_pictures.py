@@ -64,6 +64,7 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
         return out
 
     own = ["--data", folder, "--val", val, "--n-hid", 16, "--kl-weight", 2, "--seed", 7]
+    own += ["--filters"]
     stage(train_dvae, "--preset", "emoji", *own, "--steps", 2)
     monkeypatch.chdir(tmp_path)
     code, out, err = call(train_dvae, "--resume", "--steps", 3, "--workers", 0)  # the newest run
@@ -71,7 +72,7 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     changed = {name for name in re.findall(r"resuming with (\w+)", out)}
     assert "steps" in changed and all(name.endswith("steps") for name in changed)
     about = checkpoint.load(run_dir / "dvae.pt", weights=False)
-    assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2
+    assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2 and about["run"]["filters"]
     code, _, err = call(train_dvae, "--resume", "--workers", 0)
     assert code == 2 and "at step 3 already" in err
     code, _, err = call(train_clip, *small)

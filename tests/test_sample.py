@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -24,6 +25,8 @@ from data.listings import area_resize
 from data.loader import words_of
 from data.toy import toy_scene, toy_world
 from dvae import DVAE, DVAEConfig
+from engine import checkpoint
+from engine.checkpoint import read_run
 from engine.cli import Stop, start
 from lab import describe as describing
 from lab import judge
@@ -116,7 +119,7 @@ def cell(sheet, column, row=0, below=0):
 
 def test_a_candidate_is_the_same_in_any_company(mini):
     """In float64, since in float32 one rounding can turn a token and all that follows."""
-    sample.load_run.cache_clear()
+    read_run.cache_clear()
     sample.load_run(mini, "cpu", "fp32").prior.double()  # the one that is kept, which draw takes
     many = tokens_of(PROMPTS, 64, mini, seed=7, batch_size=64)
     assert many.min() >= 0 and len(many[0].unique(dim=0)) > 60  # candidates differ
@@ -126,7 +129,18 @@ def test_a_candidate_is_the_same_in_any_company(mini):
         assert torch.equal(few, many[:, :4]), batch_size
     assert torch.equal(tokens_of(PROMPTS[1:2], 30, mini, seed=7), many[1:2, :30])
     assert not torch.equal(tokens_of(PROMPTS, 4, mini, seed=8), many[:, :4])
-    sample.load_run.cache_clear()
+    read_run.cache_clear()
+
+
+def test_a_run_that_is_trained_on_is_read_again(mini, tmp_path):
+    run_dir = shutil.copytree(mini, tmp_path / "run")
+    first = sample.load_run(run_dir)
+    assert sample.load_run(run_dir) is first
+    state = checkpoint.load(run_dir / "prior.pt")
+    state["model"]["image_head.weight"].zero_()
+    checkpoint.save(run_dir / "prior.pt", state)
+    again = sample.load_run(run_dir)
+    assert first.prior.image_head.weight.any() and not again.prior.image_head.weight.any()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -151,7 +165,7 @@ def test_16_bits_end_before_the_logits(mini, dtype):
     assert same.any() and found.min() >= 0
     found = torch.tensor([x.info["score"] for x in images]).view(3, 2)
     assert torch.allclose(found[same], scores[same], atol=1e-5)
-    sample.load_run.cache_clear()
+    read_run.cache_clear()
 
 
 @pytest.mark.parametrize("candidates, batch_size", [(1, 16), (4, 1), (4, 3), (4, 16), (7, 7)])

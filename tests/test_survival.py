@@ -269,6 +269,14 @@ def test_whatever_says_that_memory_is_out():
         assert RunOfAStage.__exit__(run, type(error), error, None) is None
 
 
+def test_a_lost_loading_process_is_a_line():
+    run = SimpleNamespace(begun=True)
+    for words in ("is killed by signal: Bus error.", "exited unexpectedly"):
+        error = RuntimeError(f"DataLoader worker (pid 7) {words}")
+        with pytest.raises(Stop, match=r"loading process was lost \(Data.* try fewer --workers"):
+            RunOfAStage.__exit__(run, type(error), error, None)
+
+
 def test_out_of_memory_says_what_divides(capsys):
     for micro_batch, stage, expected in (
         (9, "dvae", "try --micro-batch 3, the same batch"),

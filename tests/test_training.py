@@ -264,7 +264,7 @@ def test_codes_in_use_are_those_of_the_last_512_pictures():
     encoder, rng = torch.nn.Identity(), random.Random(0)  # whose input are the logits
     in_use = CodesInUse(encoder, 64)
     others = torch.zeros(64)
-    both = argparse.Namespace(mean=lambda used: (used + others) / 2)
+    both = argparse.Namespace(size=2, mean=lambda used: (used + others) / 2)
     pictures = []  # the codes of each update
     for step in range(230):
         others.zero_()[rng.randrange(64)] = 1
@@ -286,7 +286,7 @@ def test_few_codes_are_said_once_and_weigh_the_kl_term_more(tmp_path, monkeypatc
     monkeypatch.setattr(CodesInUse, "end_update", three)
     found = {"val_psnr": 9.0, "codes": 3, "elb": 0.0, "relaxed_elb": 0.0}
     monkeypatch.setattr(train_dvae, "evaluate", lambda *_: found)
-    options = ["--steps", 5, "--eval-every", 1, "--batch-size", 2, "--workers", 0]
+    options = ["--steps", 300, "--eval-every", 100, "--batch-size", 1, "--workers", 0]
     code, out, err = call(train_dvae, "--tiny", "--run-dir", tmp_path, *options)
     assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
     assert "begin again with twice the --kl-weight" in out
