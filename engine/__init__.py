@@ -1,1 +1,1 @@
-"""What keeps a run alive: command line, processes, checkpoints, logs, released weights."""
+"""What keeps a run alive: command line, processes, checkpoints, logs, codes, released weights."""
