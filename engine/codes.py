@@ -15,8 +15,8 @@ class CodesInUse:
 
     Our own, not the paper's: β is four times as large while they are fewer than `min_usage` of all.
     Codes that go out of use in the first thousand updates seldom come back. A larger β keeps them
-    (2.1), but costs detail where none is in danger, as on varied pictures, which have brought most
-    codes into use by update 200. Before that `count` is that of all codes.
+    (2.1), but costs detail where none is in danger, as in the toy world, which uses more than half
+    of them by update 200. Before that `count` is that of all codes.
     """
 
     def __init__(self, encoder: nn.Module, vocab_size: int) -> None:
