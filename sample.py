@@ -155,8 +155,8 @@ def draw(
     tokens[:, : len(prefix)] = prefix
     # a batch is whole prompts, as many as fit, or a part of one that has more candidates than fit
     prompts_at_once = max(1, batch_size // C)
-    rows = torch.arange(P * C, device=device)  # row = prompt · C + candidate
-    batches = [b for some in rows.split(prompts_at_once * C) for b in some.split(batch_size)]
+    all_rows = torch.arange(P * C, device=device)  # row = prompt · C + candidate
+    batches = [b for some in all_rows.split(prompts_at_once * C) for b in some.split(batch_size)]
     images, stopped = [], False
     precision = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     total = len(batches) * (grid**2 - len(prefix))
