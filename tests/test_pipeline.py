@@ -25,10 +25,10 @@ from transformer import pad_text
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """A miniature of the tiny preset: both stages, some hundred updates each."""
+    """A miniature of the tiny preset: both stages, one or two hundred updates each."""
     run_dir = tmp_path_factory.mktemp("runs") / "mini"
     options = ["--run-dir", run_dir, "--eval-every", 500]
-    run("train_dvae.py", "--tiny", "--steps", 350, "--log-every", 10, *options)
+    run("train_dvae.py", "--tiny", "--steps", 200, "--log-every", 10, *options)
     options += ["--bpe-captions", 2000]
     run("train_prior.py", "--steps", 110, "--batch-size", 16, *options)
     return run_dir
