@@ -27,6 +27,7 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 from threading import get_ident
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -453,8 +454,8 @@ class Tars(Pictures):
 
     def read(self, k: int, start: int, size: int) -> bytes:
         shard = open_shard(self.shards[self.places[k, 0]], os.getpid(), get_ident())
-        shard.file.seek(start)
-        data = shard.file.read(size)
+        shard.seek(start)
+        data = shard.read(size)
         if len(data) < size:
             raise ValueError("the tar ends before it; was it changed?")
         return data
@@ -549,21 +550,11 @@ def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], i
     return samples, odd
 
 
-class OpenShard:
-    """An open tar, closed when the last reference to it goes."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __del__(self):
-        self.file.close()
-
-
 @lru_cache(maxsize=64)
-def open_shard(path: Path, process: int, thread: int) -> OpenShard:
+def open_shard(path: Path, process: int, thread: int) -> BinaryIO:
     """Each process and thread has a handle of its own: where to read next is a handle's state, and
-    after a fork both sides would move it."""
-    return OpenShard(open(path, "rb"))
+    after a fork both sides would move it. It is closed when the last reference to it goes."""
+    return open(path, "rb")
 
 
 # ---- data sets by name ---------------------------------------------------------------------------

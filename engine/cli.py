@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,18 +63,13 @@ def end(stop: Stop, error: Exception | None = None) -> None:
     sys.exit(stop.code)
 
 
-class Lines(argparse.RawDescriptionHelpFormatter):
-    """A line for each option, where the terminal is wide enough."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30)
-
-
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest name where one is misspelt."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Lines, **options)
+        # a line for each option, where the terminal is wide enough
+        lines = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(formatter_class=lines, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         """An option may be spelt as its field is, with underscores."""

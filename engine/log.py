@@ -122,7 +122,6 @@ class Bar:
         self.shown: dict[str, float] = {}
         self.count, self.since_taken = 0, 0
         self.begin = self.since = time.time()
-        self.paused_at = 0.0
         self.noted: Counter = Counter()
         self.skipped: set[str] = set()
 
@@ -150,14 +149,10 @@ class Bar:
             rest = (time.time() - self.begin) / 20 * (self.steps - done) / 60
             self.bar.write(f"about {rest:.0f} minutes to go")
 
-    def pause(self) -> None:
-        """What follows, up to `resume`, does not count in the speed."""
-        self.paused_at = time.time()
-
     def resume(self) -> None:
-        if self.paused_at:
-            self.since += time.time() - self.paused_at
-            self.paused_at = 0
+        """What came after the last `take`, such as a look, does not count in the speed."""
+        if not self.since_taken:
+            self.since = time.time()
 
     def take(self) -> dict[str, float]:
         """The means since the last call, averaged over the processes, and the speed."""

@@ -185,9 +185,7 @@ class Run:
                 self.settings[name] = getattr(args, name)
         self.mesh = machine_mesh(self.device, args.shard) if args.shard is not None else None
         self.check_scale(config)
-        self.state = state.to_resume(
-            self.path, self.settings, config, args.resume, self.world, "n_averaged", "scaler"
-        )
+        self.state = state.to_resume(self.path, self.settings, config, args.resume, self.world)
         start_from = None
         if args.init_from:
             start_from = checkpoint.load_model(args.init_from, Model, type(config))
@@ -331,12 +329,10 @@ class Run:
 
     def loss(self, model: nn.Module, *batch) -> Tensor:
         """model.loss(*batch) in the precision of --dtype. Its metrics are logged."""
-        kind = torch.bfloat16 if self.args.dtype == "bf16" else torch.float16
         # Of a sharded model no 16-bit copies are kept for the next use of a weight: together they
         # would be the whole model.
-        with torch.autocast(
-            self.device.type, kind, self.args.dtype != "fp32", cache_enabled=not self.mesh
-        ):
+        kind = checkpoint.DTYPES[self.args.dtype]
+        with torch.autocast(self.device.type, kind, kind != torch.float32, not self.mesh):
             loss, metrics = self.replicas[model](*batch)
         self.bar.add(metrics)
         return loss
@@ -416,8 +412,6 @@ class Run:
                 f"the weights or the last {self.skipped_in_a_row} losses are not finite; the last "
                 "good checkpoint is kept. Try a smaller --lr"
             )
-        if good:
-            self.bar.pause()  # what follows is no training
         return good
 
     def is_good(self) -> bool:

@@ -188,14 +188,12 @@ def find_state(path: Path, run: dict, *keys: str) -> State | None:
     return State(newest, about, tensors)
 
 
-def to_resume(
-    path: Path, run: dict, config, wanted: bool, world: World, *keys: str
-) -> State | None:
+def to_resume(path: Path, run: dict, config, wanted: bool, world: World) -> State | None:
     """The state to go on from, if that is wanted and there is one; it is a run of `config`.
 
     `run` holds the settings of this run; where they differ from those of the state, it is said.
     """
-    state = find_state(path, run, *keys) if wanted else None
+    state = find_state(path, run, "n_averaged", "scaler") if wanted else None
     mine = (str(state.path), state.about["step"]) if state else None
     if world.max(int(world.share(lambda: mine) != mine)):
         raise ValueError(f"not every process finds the same state at {path}: is the disk shared?")

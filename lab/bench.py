@@ -25,15 +25,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpe import BPE
-from dvae import DVAE, Conv2d, DVAEConfig
+from dvae import DVAE, DVAEConfig
 from engine.cli import Parser, Stop, start
 from scale import fast
 from transformer import (  # fmt: skip
@@ -43,7 +44,6 @@ from transformer import (  # fmt: skip
     attention_mask,
     layer_kind,
     pad_text,
-    sample_token,
 )
 
 try:
@@ -113,40 +113,23 @@ def token_cost(c: TransformerConfig, batch: int, first: int, last: int) -> tuple
     return ops, weights + 2 * c.d_model * (text + batch * (seen - text))
 
 
-def conv_ops(model: DVAE, run: Callable[[DVAE], None]) -> float:
-    """Of the convolutions in what `run` does with a model like this one, counted without data."""
-    total = 0
-
-    def count(conv: Conv2d, _, y: Tensor) -> None:
-        nonlocal total
-        total += 2.0 * y.numel() * conv.w[0].numel()
-
-    with torch.device("meta"):
-        twin = DVAE(model.config)
-        for module in twin.modules():
-            if isinstance(module, Conv2d):
-                module.register_forward_hook(count)
-        run(twin)
-    return total
-
-
 # ---- the clock and the machine -------------------------------------------------------------------
+
+
+def clock(device: str) -> float:
+    """The time, once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def timed(work: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
     def run() -> float:
-        wait(device)
-        start = time.perf_counter()
+        start = clock(device)
         work()
-        wait(device)
-        return time.perf_counter() - start
+        return clock(device) - start
 
     return run
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def probes(device: str) -> dict[str, Callable[[], float]]:
@@ -208,12 +191,12 @@ def measure(build: Callable[[], Work], device: str, with_peers: bool) -> dict:
 # ---- BPE -----------------------------------------------------------------------------------------
 
 
-def corpus(megabytes: float, seed: int = 0) -> list[str]:
+def corpus(megabytes: float) -> list[str]:
     """Captions of made-up words, as frequent as words are: the r-th one 1/r as often as the first.
 
     Of 100,000 words some 80,000 occur in 20 MB.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     syllables = [a + b + c for a in "bcdfghklmnprstvwz" for b in "aeiou" for c in ["", *"lnrst"]]
     known = ["".join(rng.choices(syllables, k=rng.choice([1, 2, 2, 3, 4]))) for _ in range(100_000)]
     weights = [1 / r for r in range(1, len(known) + 1)]
@@ -242,8 +225,8 @@ def peer_tokenizer(captions: list[str], vocab_size: int) -> "tokenizers.Tokenize
 
 def bpe_training(device: str) -> Work:
     captions = corpus(20)
-    work = Work("BPE training, vocabulary 16,384 on 20 MB", "MB/s", 20, None, rounds=1)
-    work.ours = timed(lambda: BPE.train(captions, 16384))
+    ours = timed(lambda: BPE.train(captions, 16384))
+    work = Work("BPE training, vocabulary 16,384 on 20 MB", "MB/s", 20, ours, rounds=1)
     if tokenizers:
         work.peers = lambda: {"tokenizers": timed(lambda: peer_tokenizer(captions, 16384))}
     work.missing = "" if tokenizers else "tokenizers"
@@ -271,21 +254,17 @@ def bpe_encoding(device: str, dropout: float = 0.0) -> Work:
 # ---- the dVAE ------------------------------------------------------------------------------------
 
 
-def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
+def dvae(device: str, training: bool) -> Work:
     """The peer is the same network with the usual layout of its tensors, in place of channels_last;
     other packages have other networks."""
     cuda = device == "cuda"
-    config = config or DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
+    config = DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
     shape = (32, 3, 256, 256) if cuda else (4, 3, 128, 128)
     images = torch.rand(shape, device=device)
 
-    def network() -> DVAE:
-        model = DVAE(config)
+    def contestant(layout: torch.memory_format) -> Callable[[], float]:
+        model = DVAE(config).to(device, memory_format=layout)
         fast.upsample_late(model.decoder)  # as the trainer has it
-        return model
-
-    def contestant(layout: torch.memory_format) -> Callable[[], None]:
-        model = network().to(device, memory_format=layout)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
         def step() -> None:
@@ -301,12 +280,12 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
         return timed(step, device)
 
     n, side = shape[0], shape[2]
-    with torch.device("meta"):
-        x = torch.empty(shape)
-        codes = torch.empty(n, config.vocab_size, side // config.factor, side // config.factor)
-    ops = conv_ops(network(), lambda twin: twin.encoder(x))
-    if training:
-        ops = 3 * (ops + conv_ops(network(), lambda twin: twin.decoder(codes)))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        twin = DVAE(config)
+        logits = twin.encoder(torch.empty(shape))
+        if training:
+            twin.decoder(logits)
+    ops = counter.get_total_flops() * (3 if training else 1)
     what = f"dVAE {'training step' if training else 'encoding'}, n_hid {config.n_hid}, {side} px"
     work = Work(what, "images/s", n, contestant(torch.channels_last), ops=ops)
     work.peers = lambda: {"contiguous layout": contestant(torch.contiguous_format)}
@@ -314,32 +293,6 @@ def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
 
 
 # ---- the prior -----------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def draw_naively(
-    model: Transformer, text: Tensor, prefix: Tensor, uniforms: Tensor, m: int, cached: bool
-) -> tuple[Tensor, list[float]]:
-    """m more tokens after the prefix, by the readable form, and when each of them was there."""
-    pasts = [[] for _ in model.blocks[0::2]]
-    image, times = prefix, [clock(text.device)]
-    x = model.embed(text, F.pad(image, (0, 1)))
-    for k in range(prefix.shape[1], prefix.shape[1] + m):
-        for attention, mlp, past in zip(model.blocks[0::2], model.blocks[1::2], pasts):
-            x = x + attention(x, past if cached else None)
-            x = x + mlp(x)
-        logits = model.logits(model.image_head, x[:, -1])
-        token = sample_token(logits, uniforms[:, k : k + 1], 1.0, None, None)
-        image = torch.cat([image, token[:, None]], dim=1)
-        x = model.embed(text, F.pad(image, (0, 1))[:, : model.config.grid**2])
-        x = x[:, -1:] if cached else x
-        times.append(clock(text.device))
-    return image, times
-
-
-def clock(device: torch.device) -> float:
-    wait(device.type)
-    return time.perf_counter()
 
 
 def peer_dalle(config: TransformerConfig, kinds: list[str], **kw) -> nn.Module:
@@ -463,24 +416,23 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
     def median_step(times: list[float]) -> float:
         return median(b - a for a, b in zip(times[1:], times[2:]))
 
-    def ours(model: Transformer) -> float:
+    def drawing(generate: Callable, count: int, waits: bool = True) -> list[float]:
+        """When each of the first tokens was there; the first has what is known read before it."""
         times = []
 
         def progress(k: int, _: Tensor) -> None:
-            if not cuda or k in (first + 3, first + m):
-                times.append(clock(text.device))
-            if k == first + m:
+            if waits or k in (first + 3, first + count):
+                times.append(clock(device))
+            if k == first + count:
                 raise Enough
 
-        try:
-            fast.generate(model, text, prefix, uniforms, progress=progress)
-        except Enough:
-            pass
-        return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
+        with suppress(Enough):
+            generate(model, text, prefix, uniforms, progress=progress)
+        return times
 
-    def naive(model: Transformer, cached: bool) -> float:
-        n = 16 if cached else 2
-        return median_step(draw_naively(model, text, prefix, uniforms, n, cached)[1])
+    def ours() -> float:
+        times = drawing(fast.generate, m, waits=not cuda)
+        return (times[-1] - times[-2]) / (m - 3) if cuda else median_step(times)
 
     @torch.inference_mode()
     def peer(model: nn.Module) -> float:
@@ -490,20 +442,20 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
             logits = model(words, drawn, cache=cache)[:, -1]
             token = gumbel_sample(top_k(logits, thres=0.5)) - model.num_text_tokens
             drawn = torch.cat([drawn, token[:, None].clamp(min=0)], dim=1)
-            times.append(clock(text.device))
+            times.append(clock(device))
         return median_step(times)
 
     model = Transformer(c).to(device, dtype).eval()
     ops, numbers = token_cost(c, batch, first, first + m)
     what = f"generation, batch {batch}, tokens {first + 1} to {first + m} of {N}"
-    work = Work(what, "tokens/s", batch, lambda: ours(model), ops=ops, rounds=3)
+    work = Work(what, "tokens/s", batch, ours, ops=ops, rounds=3)
     work.bytes = numbers * torch.finfo(dtype).bits / 8
 
     def peers() -> dict[str, Callable[[], float]]:
-        found = {"dense, cached": lambda: naive(model, True)}
+        found = {"dense, cached": lambda: median_step(drawing(Transformer.generate, 16))}
         if batch > 8:  # the others would take minutes and many GB
             return found
-        found["dense, uncached"] = lambda: naive(model, False)
+        found["dense, uncached"] = timed(lambda: drawing(Transformer.generate, 1), device)
         if dalle_pytorch and not cuda:
             for end in ("conv_like", "axial_row"):  # with static masks; conv_like has no cache
                 kinds = ["axial_row", "axial_col", "axial_row", end]

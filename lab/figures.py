@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data.files import middle_square, open_dataset, read_image
 from data.loader import images_to
-from data.sheets import GAP, sheet
+from data.sheets import GAP, sheet, to_images
 from data.toy import toy_scene
 from dvae import DVAE, EPS, Decoder, DVAEConfig, Encoder, logit_laplace_log_prob
 from engine.checkpoint import load, load_model, write_picture
@@ -75,14 +75,12 @@ def draw_beside_reconstruction(photo: Path, model: DVAE, path: Path) -> None:
     width, height = img.width // f * f, img.height // f * f
     if not width or not height:
         raise ValueError(f"{photo}: {img.width} × {img.height} pixels; expected at least {f} × {f}")
-    data = bytearray(img.crop((0, 0, width, height)).tobytes())
-    pixels = torch.frombuffer(data, dtype=torch.uint8).view(1, height, width, 3)
-    images = images_to(torch.device("cpu"), pixels)
+    pixels = torch.from_numpy(np.array(img.crop((0, 0, width, height))))
+    images = images_to(torch.device("cpu"), pixels[None])
     tokens = model.encode(images)
     decoded = model.decode(tokens)
     psnr = -10 * torch.log10((decoded - images).square().mean()).item()
-    both = torch.cat([images, decoded], dim=3)[0].permute(1, 2, 0).mul(255).round()
-    write_picture(path, Image.fromarray(both.to(torch.uint8).numpy()))
+    write_picture(path, to_images(torch.cat([images, decoded], dim=3))[0])
     h, w = tokens.shape[1:]
     print(f"{width} × {height} pixels beside {h} × {w} tokens decoded, {psnr:.1f} dB")
 

@@ -24,13 +24,11 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import train_dvae
-import train_prior
 from data.toy import toy_scene
-from dvae import DVAE, DVAEConfig
+from dvae import DVAE
 from engine.checkpoint import DTYPES, load_run
-from engine.cli import Parser, Stop, choose, pick_device, start
-from lab.plan import memory_of, prior_cost
+from engine.cli import Parser, Stop, pick_device, start
+from lab.plan import memory_of, prior_cost, sizes_of
 from sample import SHIPPED, encode_prompt, uniforms_of
 from scale import fast
 from scale.adamw import AdamW
@@ -42,15 +40,6 @@ from transformer import Transformer, TransformerConfig
 # after the layers of the base preset. Our own guesses, until a GPU has been seen.
 MOST = {"fp32": (1e-5, 1e-3), "bf16": (1e-2, 0.1), "fp16": (2e-3, 0.03)}
 BATCH, UPDATES = 4, 3
-
-
-def configs(preset: str) -> tuple[TransformerConfig, DVAEConfig, int]:
-    """Of a preset: the prior, the dVAE, and the size of its pictures."""
-    none, of_dvae = argparse.Namespace(), train_dvae.PRESETS[preset]
-    dvae = choose(DVAEConfig, of_dvae, none)
-    size = choose(train_dvae.DVAETraining, of_dvae, none).image_size
-    sizes = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
-    return choose(TransformerConfig, train_prior.PRESETS[preset] | sizes, none), dvae, size
 
 
 def new_prior(config: TransformerConfig) -> tuple[Transformer, list[Tensor]]:
@@ -178,7 +167,7 @@ def training(config: TransformerConfig, device: torch.device):
 
 def rows(preset: str, device: torch.device):
     """(what, difference, at most) of everything, one after the other."""
-    config, of_dvae, size = configs(preset)
+    config, of_dvae, size = sizes_of(preset, argparse.Namespace())
     prior, batch = new_prior(config)
     base = loss_and_gradient(prior, batch, torch.device("cpu"), "fp32")
     yield from precisions("prior", prior, batch, device, base)

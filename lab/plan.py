@@ -13,6 +13,7 @@ What is not counted: the workspace of kernels and collectives, and memory lost t
 a tenth of a GPU for them.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,15 @@ STAGES = {
 }
 
 
+def sizes_of(preset: str, args: argparse.Namespace) -> tuple[TransformerConfig, DVAEConfig, int]:
+    """Of a preset, with options: the prior, the dVAE, and the size of its pictures."""
+    of_dvae = train_dvae.PRESETS[preset]
+    dvae = choose(DVAEConfig, of_dvae, args)
+    size = choose(train_dvae.DVAETraining, of_dvae, args).image_size
+    sizes = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
+    return choose(TransformerConfig, train_prior.PRESETS[preset] | sizes, args), dvae, size
+
+
 @dataclass
 class Cost:
     """Of one micro-batch, forward and backward: operations, and bytes kept in 32 bits."""
@@ -59,11 +69,8 @@ def measure(run: Callable[[], Tensor], model: nn.Module) -> Cost:
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = run()
-        forward = counter.get_total_flops()
-        storages = sum(kept.values())
         loss.backward()
-    assert counter.get_total_flops() > forward
-    return Cost(counter.get_total_flops(), storages)
+    return Cost(counter.get_total_flops(), sum(kept.values()))
 
 
 def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tuple[nn.Module, Cost]:
@@ -152,53 +159,6 @@ def memory_of(
     return memory
 
 
-def table(
-    model: nn.Module,
-    cost: Cost,
-    memory: dict[str, float],
-    *,
-    gpus: int,
-    shards: int,
-    batch_size: int,
-    micro_batch: int,
-    steps: int,
-    tokens: int,
-    images: int,
-    gpu_memory: float,
-) -> str:
-    """The plan in lines. `memory` is that of each GPU by `memory_of`, `tokens` are those of a
-    sample, `images` those of the data set (2³¹: endless), gpu_memory is in GB."""
-    n = sum(p.numel() for p in model.parameters())
-    total = sum(memory.values()) / GB
-    accumulate = batch_size // (micro_batch * gpus)
-    per_step = cost.flops * accumulate * gpus
-    lines = [
-        f"{n:,} parameters on {gpus} GPU(s)"
-        + (f", sharded among {shards}" if shards > 1 else ", a replica on each"),
-        f"batch {batch_size}: {accumulate} micro-batch(es) of {micro_batch} on each GPU; "
-        f"{batch_size * tokens:,} tokens a step",
-        f"{steps:,} steps: {batch_size * tokens * steps:.3g} tokens, {per_step * steps:.3g} FLOPs; "
-        f"{per_step:.3g} FLOPs a step",
-        "an epoch: "
-        + (f"{images:,} images, {images * tokens:,} tokens, {images / batch_size:,.1f} steps"
-           if images < 2**31 else "the data have no end"),
-        "memory of each GPU, in GB:",
-        *(f"{size / GB:>10.2f}  {name}" for name, size in memory.items()),
-        f"{total:>10.2f}  in all, of {gpu_memory:g}",
-    ]  # fmt: skip
-    if total > 0.9 * gpu_memory:
-        remedies = (
-            "--checkpoint-activations, --shard" if hasattr(model, "blocks") else "--dtype bf16"
-        )
-        lines.append(
-            "this does not fit (a tenth is left to kernels and fragments): try a smaller "
-            f"--micro-batch, {remedies}, or more GPUs"
-        )
-    else:
-        lines.append("this fits")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = Parser(description="What a run would cost.")
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{dvae,prior}")
@@ -212,12 +172,9 @@ def main() -> None:
         add("--bits-stored", type=int, choices=(32, 16), default=32,
             help="16: as the paper did; not built here")  # fmt: skip
     args = parser.parse_args()
-    presets, _, training = STAGES[args.stage]
-    preset = presets[args.preset or "small"]
-    dvae_preset = train_dvae.PRESETS[args.preset or "small"]
-    dvae = choose(DVAEConfig, dvae_preset, args)
-    size = choose(train_dvae.DVAETraining, dvae_preset, args).image_size
-    hp = choose(training, preset, args)
+    preset, (presets, _, training) = args.preset or "small", STAGES[args.stage]
+    config, dvae, size = sizes_of(preset, args)
+    hp = choose(training, presets[preset], args)
     micro_batch = check_batches(hp.batch_size, args.micro_batch, args.gpus)
     shards = 1 if args.shard is None else args.shard or min(8, args.gpus)
     if shards < 1 or args.gpus % shards:
@@ -226,8 +183,6 @@ def main() -> None:
         model, cost = dvae_cost(dvae, size, micro_batch)
         tokens, moments = (size // dvae.factor) ** 2, 32
     else:
-        sizes = {"grid": size // dvae.factor, "image_vocab": dvae.vocab_size}
-        config = choose(TransformerConfig, preset | sizes, args)
         model, cost = prior_cost(config, micro_batch, args.checkpoint_activations)
         tokens, moments = config.text_len + config.grid**2, args.moments or 32
     memory = memory_of(
@@ -240,21 +195,34 @@ def main() -> None:
         stored=args.bits_stored,
         again=args.checkpoint_activations,
     )
+    n = sum(p.numel() for p in model.parameters())
+    total = sum(memory.values()) / GB
+    accumulate = hp.batch_size // (micro_batch * args.gpus)
+    flops = cost.flops * accumulate * args.gpus
+    images = len(open_dataset(args.data or "toy", size, None, args.stage == "prior")[0])
     print(
-        table(
-            model,
-            cost,
-            memory,
-            gpus=args.gpus,
-            shards=shards,
-            batch_size=hp.batch_size,
-            micro_batch=micro_batch,
-            steps=hp.steps,
-            tokens=tokens,
-            images=len(open_dataset(args.data or "toy", size, None, args.stage == "prior")[0]),
-            gpu_memory=args.gpu_memory,
+        f"{n:,} parameters on {args.gpus} GPU(s)"
+        + (f", sharded among {shards}" if shards > 1 else ", a replica on each"),
+        f"batch {hp.batch_size}: {accumulate} micro-batch(es) of {micro_batch} on each GPU; "
+        f"{hp.batch_size * tokens:,} tokens a step",
+        f"{hp.steps:,} steps: {hp.batch_size * tokens * hp.steps:.3g} tokens, "
+        f"{flops * hp.steps:.3g} FLOPs; {flops:.3g} FLOPs a step",
+        "an epoch: "
+        + (f"{images:,} images, {images * tokens:,} tokens, {images / hp.batch_size:,.1f} steps"
+           if images < 2**31 else "the data have no end"),
+        "memory of each GPU, in GB:",
+        *(f"{size / GB:>10.2f}  {name}" for name, size in memory.items()),
+        f"{total:>10.2f}  in all, of {args.gpu_memory:g}",
+        sep="\n",
+    )  # fmt: skip
+    if total > 0.9 * args.gpu_memory:
+        more = "--checkpoint-activations, --shard" if args.stage == "prior" else "--dtype bf16"
+        print(
+            "this does not fit (a tenth is left to kernels and fragments): try a smaller "
+            f"--micro-batch, {more}, or more GPUs"
         )
-    )
+    else:
+        print("this fits")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformer import TransformerConfig
 
 def test_a_cpu_is_as_a_cpu(monkeypatch):
     prior = TransformerConfig(2, 2, 16, 8, 4, 20, 16, 3)
-    monkeypatch.setattr(gpu, "configs", lambda _: (prior, DVAEConfig(8, 8, 3, 1, 16), 16))
+    monkeypatch.setattr(gpu, "sizes_of", lambda *_: (prior, DVAEConfig(8, 8, 3, 1, 16), 16))
     code, said, _ = call(gpu, "--preset", "tiny", "--device", "cpu")
     assert code == 0 and said.splitlines()[-1] == "all as on a CPU"
     for what in ("prior, fp16: gradient", "dVAE, bf16: loss", "drawing, fp16", "FSDP2 on 2"):
