@@ -81,7 +81,8 @@ class BPE:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPE":
-        """Up to vocab_size - 256 times, merge the most frequent pair everywhere (Algorithm 1).
+        """Up to vocab_size - 256 times, merge the most frequent pair everywhere: Algorithm 1 of
+        Sennrich et al., whom the paper cites (2.2).
 
         Of equally frequent pairs the one with the smallest ids (left, then right) is taken. Where
         no pair occurs twice any more, .vocab_size of the result is smaller than asked for. The

@@ -29,11 +29,11 @@ class DVAEConfig:
 
     n_hid: int = 256  # the width: groups have 1, 2, 4, 8 times as many channels (A.1)
     n_init: int = 128  # channels at the decoder's start (A.1)
-    n_groups: int = 4  # groups of resblocks; between two of them both sides are halved (A.1)
+    n_groups: int = 4  # of resblocks; between two H and W are halved, in the decoder doubled (A.1)
     blocks_per_group: int = 2  # resblocks in a group (A.1)
     vocab_size: int = 8192  # K: the codes that a token can be (2.1)
     input_gain: int = 1  # both first convolutions start this much larger; not the paper's
-    min_ln_b: float = -math.inf  # ln b is no less, lest flat areas drown the rest; not the paper's
+    min_ln_b: float = -math.inf  # floor of ln b, lest flat areas dominate the loss; not the paper's
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -78,7 +78,7 @@ def logit_laplace_log_prob(x: Tensor, mu: Tensor, ln_b: Tensor) -> Tensor:
 
 
 def check(x: Tensor, w: Tensor, factor: int, what: str) -> None:
-    """ValueError unless the weights w can be convolved with x and its sides divided by factor."""
+    """ValueError unless x fits the weights w, and H and W are multiples of factor."""
     fits = x.ndim == 4 and x.shape[1] == w.shape[1] and x.dtype == w.dtype and x.numel()
     if not fits or x.shape[2] % factor or x.shape[3] % factor:
         raise ValueError(
@@ -214,9 +214,9 @@ class DVAE(nn.Module):
     def even_out(self) -> None:
         """Give what both first convolutions make at the start a mean near 0 and a larger variance.
 
-        Our reading, in `tiny`, `emoji` and `small`: phi(x) is about ½ everywhere, and one code of K
-        alone is 1, so that with the usual start all pixels, and all codes, look almost the same
-        to what follows, and short runs are spent on telling them apart.
+        Not the paper's, in `tiny`, `emoji` and `small`: phi(x) is about ½ everywhere, and one code
+        of K alone is 1, so that with the usual start all pixels, and all codes, look almost the
+        same to what follows, and short runs are spent on telling them apart.
         """
         pixels, codes = self.encoder.blocks.input, self.decoder.blocks.input
         pixels.w *= self.config.input_gain
@@ -251,7 +251,8 @@ class DVAE(nn.Module):
         return mu, ln_b.clamp(min=self.config.min_ln_b)
 
     def terms(self, images: Tensor, tau: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The two terms of the bound (Eq. 1), scalars in nats per pixel value, and mu [B, 3, H, W].
+        """−ln p(x | z) and the KL, the terms of the negative bound (Eq. 1), scalars in nats per
+        pixel value, and mu [B, 3, H, W].
 
         Codes are relaxed at temperature tau, or without one drawn from q. Both terms are joint over
         the image and divided by H · W · 3 (A.2), so that the mean KL per grid position has the

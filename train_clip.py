@@ -69,12 +69,11 @@ def prepare(img, captions, rng, notes, size: int, bpe: BPE, text_len: int) -> li
     return [pixels, pad_text(ids, text_len, bpe.vocab_size)]
 
 
-def decayed(model: nn.Module) -> list[dict]:
+def decay_groups(model: nn.Module) -> list[dict]:
     """The parameters in two groups: vectors do not decay, nor does the temperature."""
-    split: dict[bool, list] = {True: [], False: []}
-    for p in model.parameters():
-        split[p.ndim > 1].append(p)
-    return [{"params": split[True]}, {"params": split[False], "weight_decay": 0.0}]
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": weights}, {"params": vectors, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
@@ -136,7 +135,7 @@ def main() -> None:
 
         model = run.begin(CLIP, config, hp)
         adamw = AdamW(
-            decayed(model), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
+            decay_groups(model), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
         run.track(model, adamw)
 

@@ -92,14 +92,16 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
 
 
 def prepare(img, captions, rng, notes, size: int) -> list[Tensor]:
-    """Listing 1: uint8 [size, size, 3]."""
+    """Listing 1: uint8 [size, size, 3]. Called for each sample by data.loader.Samples; captions
+    and notes are for stage two."""
     return [torch.from_numpy(np.array(preprocess_dvae(img, size, rng)))]
 
 
 @torch.no_grad()
 def evaluate(model: DVAE, images: Tensor, micro_batch: int, tau: float) -> dict[str, float]:
     """Of held-out images [M, 3, H, W]: PSNR in dB through argmax tokens (mean over the images), the
-    number of codes in use, and the relaxed and the true bound, which meet at tau = 1/16 (2.1)."""
+    number of codes in use in them, and the relaxed and the true bound, which meet at tau = 1/16
+    (2.1)."""
     psnr, elb, relaxed, used = [], [], [], []
     for x in images.split(micro_batch):
         tokens = model.encode(x)
@@ -169,8 +171,8 @@ def main() -> None:
                 is_early = step + 1 - hp.eval_every < max(200, hp.steps / 10) <= step + 1
                 if is_early and in_use.count < config.vocab_size / 4:
                     run.say(
-                        f"warning: only {in_use.count} of {config.vocab_size} codes are in use; "
-                        "they seldom come back: begin again with twice the --kl-weight"
+                        f"warning: only {in_use.count} of {config.vocab_size} codes are in use in "
+                        "training; they seldom come back: begin again with twice the --kl-weight"
                     )
                 run.picture("dvae.png", reconstructions(ema.module, val_images[:16]))
     run.say(

@@ -152,7 +152,7 @@ def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iter
 
 
 @torch.no_grad()
-def tokens_of(dvae: DVAE, images: Tensor, chunk: int) -> tuple[Tensor, float]:
+def tokens_and_nats(dvae: DVAE, images: Tensor, chunk: int) -> tuple[Tensor, float]:
     """Of images [M, 3, H, W] the tokens [M, N], and −ln p(x | z) in nats per pixel value, mean."""
     chunks = images.split(chunk)
     tokens = torch.cat([dvae.encode(x).flatten(1) for x in chunks])
@@ -240,7 +240,7 @@ def main() -> None:
             lambda: frequent_words(captions_of(train, hp.bpe_captions))
         )
         run.track(model, adamw, ema, about, halving=halving)
-        val_tokens, of_pixels = tokens_of(dvae, val_images, run.micro_batch)
+        val_tokens, of_pixels = tokens_and_nats(dvae, val_images, run.micro_batch)
 
         for step in run.steps(hp.steps):
             # linear warm-up to 4.5e-4 over 5,000 updates, then halved on plateaus (B.2)

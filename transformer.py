@@ -112,7 +112,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """x holds the S positions that follow those in `cache`, or the first S.
 
-        cache: at first an empty list; it keeps keys and values [B, H, positions, D] of all so far.
+        cache: at first an empty list; it keeps keys and values of all so far, [B, H, positions, D]
+        for H = n_head heads of D = d_head numbers.
         """
         (B, S, d), c = x.shape, self.config
         qkv = self.qkv(self.norm(x)).view(B, S, 3, c.n_head, c.d_head)

@@ -8,8 +8,9 @@ must be skipped, micro-batches, precision, saving, resuming, the log. It calls n
         adamw, ema = ..., run.average(model, hp.ema)
         run.track(model, adamw, ema)                      # with --resume, restored
         for step in run.steps(hp.steps):
-            for text, image in run.passes(batches):       # this process's micro-batches
-                run.backward(run.loss(model, text, image))
+            for images, text in run.passes(batches):      # this process's micro-batches
+                tokens = dvae.encode(images).flatten(1)
+                run.backward(run.loss(model, text, tokens))
             run.update(adamw, lr, clip=hp.clip)
             if run.due():
                 run.save()

@@ -78,7 +78,7 @@ def evaluate(
         return
     pair = partial(train_prior.prepare, size=size, bpe=bpe, text_len=prior.config.text_len)
     images, text = samples(of_prior, pair, captions=True)
-    tokens, of_pixels = train_prior.tokens_of(dvae, images, CHUNK)
+    tokens, of_pixels = train_prior.tokens_and_nats(dvae, images, CHUNK)
     scores = train_prior.evaluate(prior, text, tokens, CHUNK)
     joint = (scores["val_nats"] / images[0].numel() + of_pixels) / math.log(2)
     yield "prior", f"text of {len(images)} pairs", scores["val_text_loss"], "nats per token"

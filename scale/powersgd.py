@@ -39,7 +39,7 @@ from scale.parallel import local, sharded_like
 EPSILON = 1e-6  # keeps the factorisation of a gradient without full rank well defined
 
 # What P and Q' are multiplied by in the 1-6-9 format. The paper has a constant for each and does
-# not give them (D.3): our reading, one for both. A buffer holds less than 16, so that what a row of
+# not give them (E.2): our reading, one for both. A buffer holds less than 16, so that what a row of
 # 4d = 15872 and a column of Q make is about 16 · √15872 · 5 = 10,000 at most, and Q' is less: times
 # 2⁻¹⁰ both stay below the format's 16 while the buffer does. What is above 2⁻⁴⁸ keeps all 9 bits.
 SCALE = 2.0**-10
@@ -230,7 +230,9 @@ def sent(d: int, rank: int, m: int) -> tuple[int, int]:
     return sum(a * b for a, b in shapes), sum(r * (a + b) for a, b in shapes)
 
 
-TABLE_1 = {2.8e9: (1920, 512), 5.6e9: (2688, 640), 12.0e9: (3968, 896)}  # parameters: (d, rank)
+# Parameters: (d, rank). The smallest ranks, in steps of 128, whose training loss was as without
+# compression in the first tenth of training; a rate of 1 − 5 rank / 8d: 83, 85 and 86%.
+TABLE_1 = {2.8e9: (1920, 512), 5.6e9: (2688, 640), 12.0e9: (3968, 896)}
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description="Print the compression rates of Table 1.").parse_args()

@@ -169,7 +169,7 @@ def test_two_processes_have_the_gradient_of_the_whole_batch(tmp_path):
 def test_weights_alone_decay():
     model = small_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    weights, others = train_clip.decayed(model)
+    weights, others = train_clip.decay_groups(model)
     assert len(weights["params"]) + len(others["params"]) == len(names)
     assert {"log_scale", "image_encoder.norm.weight", "text_encoder.blocks.0.out.bias"} <= {
         names[id(p)] for p in others["params"]
