@@ -254,11 +254,11 @@ def bpe_encoding(device: str, dropout: float = 0.0) -> Work:
 # ---- the dVAE ------------------------------------------------------------------------------------
 
 
-def dvae(device: str, training: bool) -> Work:
+def dvae(device: str, training: bool, config: DVAEConfig | None = None) -> Work:
     """The peer is the same network with the usual layout of its tensors, in place of channels_last;
     other packages have other networks."""
     cuda = device == "cuda"
-    config = DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
+    config = config or DVAEConfig(n_hid=128 if cuda else 64, n_init=64)
     shape = (32, 3, 256, 256) if cuda else (4, 3, 128, 128)
     images = torch.rand(shape, device=device)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.cli import start
 from lab import bench
-from lab.bench import Transformer, TransformerConfig, attention_mask, layer_kind
+from lab.bench import DVAEConfig, Transformer, TransformerConfig, attention_mask, layer_kind
 
 SMALL = TransformerConfig(3, 2, 4, text_len=5, grid=8, text_vocab=20, image_vocab=13, kernel=3)
 
@@ -40,6 +40,19 @@ def test_counted_operations_are_those_of_the_layers_and_masks():
     ops, numbers = bench.token_cost(c, 4, 20, 30)
     assert math.isclose(ops, 4 * 2 * (weights + 2 * c.d_model * sum(rows) / 10))
     assert math.isclose(numbers, weights + 2 * c.d_model * (c.n_layer * c.text_len + 4 * own))
+
+
+def test_counted_operations_of_convolutions():
+    config = DVAEConfig(n_hid=8, n_init=4, n_groups=2, blocks_per_group=1, vocab_size=6)
+    one = 2 * 8 * 3 * 49 * 64  # the input convolution, on 8 × 8 pixels
+    one += 2 * 64 * (8 * 2 * 9 + 2 * 2 * 9 * 2 + 2 * 8)  # a resblock of width 8
+    one += 2 * 16 * (8 * 4 * 9 + 4 * 4 * 9 * 2 + 4 * 16 + 8 * 16)  # of width 16, on 4 × 4
+    one += 2 * 16 * 16 * 6
+    more = 4 * 16 * 16  # 4 pictures of 128 × 128 pixels
+    assert bench.dvae("cpu", False, config).ops == more * one
+    one += 2 * 16 * (6 * 4 + 4 * 4 + 4 * 4 * 9 * 2 + 4 * 16 * 9 + 4 * 16)  # the decoder, on 4 × 4
+    one += 2 * 64 * (16 * 2 + 2 * 2 * 9 * 2 + 2 * 8 * 9 + 16 * 8 + 8 * 6)  # and on 8 × 8
+    assert bench.dvae("cpu", True, config).ops == 3 * more * one
 
 
 @pytest.mark.parametrize(
