@@ -29,7 +29,7 @@ class DVAEConfig:
 
     n_hid: int = 256  # the width: groups have 1, 2, 4, 8 times as many channels (A.1)
     n_init: int = 128  # channels at the decoder's start (A.1)
-    n_groups: int = 4  # of resblocks; between two H and W are halved, in the decoder doubled (A.1)
+    n_groups: int = 4  # groups of resblocks; between them H, W halve, in the decoder double (A.1)
     blocks_per_group: int = 2  # resblocks in a group (A.1)
     vocab_size: int = 8192  # K: the codes that a token can be (2.1)
     input_gain: int = 1  # both first convolutions start this much larger; not the paper's
