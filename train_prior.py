@@ -138,7 +138,7 @@ def frequent_words(captions: Iterator[str], most: int = 100_000) -> list[str]:
 def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iterator[str]) -> BPE:
     """The BPE of the weights to fine-tune, or of the run, or one trained on the captions."""
     paths = [run.dir / "bpe.json"]
-    if args.init_from and not (args.resume and (run.dir / "prior.pt").exists()):
+    if args.init_from and not args.resume:
         paths.insert(0, args.init_from.parent / "bpe.json")
     path = run.world.share(lambda: next((p for p in paths if p.exists()), None))
     if path is None:

@@ -146,6 +146,7 @@ def load_run(run_dir: Path, device: str = "cpu", dtype: str = "fp32") -> Models:
 
 
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)  # which `draw` is in: what is kept can be trained elsewhere
 def read_run(run_dir: Path, device: str, dtype: str, written: tuple[int, ...]) -> Models:
     """What `load_run` keeps: `written`, when the files were, tells whether they are the same."""
     bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None

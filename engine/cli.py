@@ -107,7 +107,7 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("-h", "--help", action="help", help="this; with --tiny or --preset the values of that")
     add("--data", metavar="SPEC", help="toy (default), a folder of images, a table "
         "(.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'")  # fmt: skip
-    add("--filters", action="store_true", default=None,
+    add("--filters", action=argparse.BooleanOptionalAction,
         help="drop captions and shapes as the paper does (C)")  # fmt: skip
     add("--val", metavar="SPEC", help="default: a fixed share is held out")
     add("--run-dir", metavar="DIR", type=Path, help="where everything is; default: the newest run, "

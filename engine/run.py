@@ -22,6 +22,7 @@ draws from the sample (data/loader.py): so a resumed run repeats an uninterrupte
 
 import argparse
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -64,8 +65,11 @@ from scale.powersgd import PowerSGD
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
 # whose preset and data a stage goes on with, the first that is there; with --resume its own
 GOES_ON_FROM = {"dvae": [], "prior": ["dvae.pt"], "clip": ["prior.pt", "dvae.pt"]}
-# options of which a run that is resumed keeps its own
-DEFAULTS = {"seed": 0, "filters": False, "dtype": "fp32", "tokens": "argmax", "moments": 32}
+# options of which a run that is resumed keeps its own; the next stage keeps the filters with the data
+DEFAULTS = {
+    "seed": 0, "filters": False, "dtype": "fp32", "micro_batch": None, "tokens": "argmax",
+    "moments": 32,
+}  # fmt: skip
 # what a new run of a stage replaces: keeping it would mix two runs
 REPLACES = {
     "dvae": ("dvae.pt", "bpe.json", "prior.pt", "clip.pt", "log.jsonl"),
@@ -89,34 +93,40 @@ class Run:
         self.device = self.world.device
         if not 0 <= args.workers <= 64:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
+        own = [f"{stage}.pt"] * args.resume
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
             goes_on = args.resume and not args.preset
-            newest = self.world.share(lambda: newest_run("dvae.pt")) if goes_on else None
+            newest = self.world.share(lambda: newest_run(*own)) if goes_on else None
             self.dir = args.run_dir or newest or Path("runs") / preset
         else:
             self.dir = args.run_dir or self.world.share(
-                lambda: newest_run(*NEEDS[stage]) or newest_run("dvae.pt")
+                lambda: newest_run(*own, *NEEDS[stage]) or newest_run("dvae.pt")
             )
             if self.dir is None:
                 raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
             checkpoint.check_holds(self.dir, *NEEDS[stage])
             self.dvae = checkpoint.load(self.dir / "dvae.pt")
             self.image_size = self.dvae.get("image_size")
-        own = self.dir / f"{stage}.pt"
-        sources = [own] * args.resume + [self.dir / name for name in GOES_ON_FROM[stage]]
+        states = [self.dir / name for name in state.names(stage)]
+        if args.resume and not self.world.share(lambda: any(path.exists() for path in states)):
+            self.say(f"nothing to resume: {self.dir} holds no {stage}_state; starting afresh")
+            args.resume = False
+        sources = [self.dir / name for name in own * args.resume + GOES_ON_FROM[stage]]
         source = next((path for path in sources if path.is_file()), None)
         about = (
             checkpoint.load(source, weights=False) if source else dict(preset=preset, data="toy")
         )
         self.preset, self.data = args.preset or about.get("preset"), args.data or about.get("data")
         self.val = args.val if args.val or args.data else about.get("val")
-        self.values = dict(args.presets.get(self.preset, {}))
-        if source == own and not args.preset:
-            self.values |= about.get("config", {}) | about.get("run", {})
+        self.values, was = dict(args.presets.get(self.preset, {})), about.get("run", {})
+        is_own = source == self.dir / f"{stage}.pt"
+        if is_own and not args.preset:
+            self.values |= about.get("config", {}) | was
         for name, default in DEFAULTS.items():
             if getattr(args, name, default) is None:
-                setattr(args, name, self.values.get(name, default))
+                keeps = is_own or name == "filters" and not args.data
+                setattr(args, name, was.get(name, default) if keeps else default)
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; expected 0 to 2^63 − 1")
         says_size = stage == "dvae" or self.image_size
@@ -180,8 +190,8 @@ class Run:
         --init-from names is not there, damaged, or of other sizes."""
         args, self.config, self.hp = self.args, config, hp
         self.path = self.dir / f"{self.stage}_state.pt"
-        self.settings = asdict(hp) | {"data": self.data, "val": self.val, "seed": args.seed}
-        for name in ("filters", "dtype", "tokens", "moments"):
+        self.settings = asdict(hp) | {"data": self.data, "val": self.val}
+        for name in DEFAULTS:
             if hasattr(args, name):  # the last two are the prior's alone
                 self.settings[name] = getattr(args, name)
         self.mesh = machine_mesh(self.device, args.shard) if args.shard is not None else None
@@ -194,10 +204,14 @@ class Run:
         self.world.wait()  # until every rank has read what is now moved away
         if self.world.is_main:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if not self.state:
-                stages = REPLACES if self.stage == "dvae" else (self.stage,)
-                states = [name for stage in stages for name in state.names(stage)]
-                checkpoint.set_aside(self.dir, *states, *REPLACES[self.stage])
+            if not os.access(self.dir, os.W_OK):
+                raise ValueError(f"{self.dir} is write-protected: choose another --run-dir")
+            replaced = REPLACES[self.stage]
+            if self.state:  # it goes on; of a dVAE that does, the tokens change
+                replaced = ("prior.pt",) if self.stage == "dvae" else ()
+            stages = [stage for stage in REPLACES if f"{stage}.pt" in replaced]
+            states = [name for stage in stages for name in state.names(stage)]
+            checkpoint.set_aside(self.dir, *states, *replaced)
         self.begun = True
         signal.signal(signal.SIGINT, self.ask)
         signal.signal(signal.SIGTERM, self.ask)

@@ -189,7 +189,7 @@ def find_state(path: Path, run: dict, *keys: str) -> State | None:
 
 
 def to_resume(path: Path, run: dict, config, wanted: bool, world: World) -> State | None:
-    """The state to go on from, if that is wanted and there is one; it is a run of `config`.
+    """The state to go on from, if that is wanted; it is a run of `config`.
 
     `run` holds the settings of this run; where they differ from those of the state, it is said.
     """
@@ -198,8 +198,6 @@ def to_resume(path: Path, run: dict, config, wanted: bool, world: World) -> Stat
     if world.max(int(world.share(lambda: mine) != mine)):
         raise ValueError(f"not every process finds the same state at {path}: is the disk shared?")
     if state is None:
-        if wanted and world.is_main:
-            print(f"nothing to resume: {path} does not exist yet; starting afresh")
         return None
     check_config(state.path, state.about["config"], config)
     for name, value in run.items():

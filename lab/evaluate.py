@@ -8,6 +8,7 @@ What the run has no model for yet is left out, and so is what needs captions whe
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -62,9 +63,10 @@ def evaluate(
 
     def samples(about: dict, prepare: Callable, captions: bool) -> list[Tensor]:
         data, val = about["data"], about.get("val")
-        if spec not in (None, data):
-            data, val = spec, spec
-        _, dataset = open_dataset(data, size, val, captions)
+        filters = about.get("run", {}).get("filters", False)
+        if spec and os.path.realpath(spec) != os.path.realpath(data):
+            data, val, filters = spec, spec, False
+        _, dataset = open_dataset(data, size, val, captions, filters)
         pixels, *text = held_out(Samples(dataset, prepare, 0), count)[0]
         return [images_to(device, pixels), *(ids.to(device) for ids in text)]
 

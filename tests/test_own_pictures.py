@@ -73,8 +73,11 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     assert "steps" in changed and all(name.endswith("steps") for name in changed)
     about = checkpoint.load(run_dir / "dvae.pt", weights=False)
     assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2 and about["run"]["filters"]
+    stage(train_dvae, "--preset", "emoji", "--resume", "--n-hid", 16, "--steps", 4)  # named again
+    about = checkpoint.load(run_dir / "dvae.pt", weights=False)
+    assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 1.5 and about["run"]["filters"]
     code, _, err = call(train_dvae, "--resume", "--workers", 0)
-    assert code == 2 and "at step 3 already" in err
+    assert code == 2 and "at step 4 already" in err
     code, _, err = call(train_clip, *small)
     assert code == 2 and "holds no bpe.json; train it with: python train_prior.py" in err
     for script in (train_prior, train_clip):
@@ -82,8 +85,11 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     for name in ("dvae.pt", "prior.pt", "clip.pt"):
         about = checkpoint.load(run_dir / name, weights=False)
         assert (about["data"], about["val"]) == (str(folder), str(val)) and "model" not in about
+        assert about["run"]["filters"]
     figures = [what for _, what, *_ in lab.evaluate.evaluate(run_dir)]
     assert {"PSNR of 7 pictures", "text of 7 pairs", "loss among 7 pairs"} < set(figures)
+    figures = [what for _, what, *_ in lab.evaluate.evaluate(run_dir, f"{tmp_path}/b/../photos/")]
+    assert "PSNR of 7 pictures" in figures  # the same data by another name
 
     # another BPE, as of weights to fine-tune: the reranker that read the first is set aside
     stage(train_prior, "--steps", 2)
@@ -102,6 +108,16 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     assert BPE.load(run_dir / "bpe.json").merges[-1] == (1, 2)
     assert BPE.load(run_dir / "bpe.json.old").merges == merges
     assert (run_dir / "clip.pt.old").exists() and not (run_dir / "clip.pt").exists()
+
+    # a dVAE that goes on makes other tokens; the newest run is that of the stage
+    assert call(train_dvae, *small, "--tiny", "--steps", 1)[0] == 0  # runs/tiny, without a prior
+    stage(train_dvae, "--resume", "--steps", 5)
+    assert (run_dir / "prior.pt.old").exists() and (run_dir / "bpe.json").exists()
+    assert not list(run_dir.glob("prior_state*[!d]"))
+    out = stage(train_prior, "--resume", *fine_tune, "--steps", 2)
+    assert "nothing to resume" in out and f"BPE {tmp_path}/b/bpe.json" in out
+    code, out, err = call(train_prior, "--resume", "--steps", 3, "--workers", 0)
+    assert code == 0 and "steps 2 to 3 of 4" in out and "into runs/a" in out, err
 
     (run_dir / "prior.pt").write_bytes(b"damaged")
     code, out, err = call(lab.evaluate, run_dir)
