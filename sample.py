@@ -283,7 +283,8 @@ def parse(argv: list[str] | None = None) -> dict:
 
 def page(images: list[Image.Image], each: int, prompts: int, captioned: bool) -> Image.Image:
     """`each` pictures of each prompt on a sheet, a row for a prompt, which begins with what it
-    continues; or a near-square, where there is one prompt, or one picture of each."""
+    continues; or a near-square, where there is one prompt, or one picture of each, or rows would
+    be more or longer than WebP has room for."""
     before = images[0].info.get("continues", [])
     rows = [before + images[k : k + each] for k in range(0, len(images), each)]
     cells, captions = sum(rows, []), []
@@ -291,7 +292,7 @@ def page(images: list[Image.Image], each: int, prompts: int, captioned: bool) ->
         score, prompt = x.info.get("score"), x.info.get("prompt", "")
         caption = "" if score is None else f"{score:.3f} "
         captions.append(caption + prompt if prompts > 1 else caption)
-    in_rows = before or min(prompts, each) > 1
+    in_rows = (before or min(prompts, each) > 1) and max(len(rows), len(rows[0])) <= 32
     return sheet(cells, captions, len(rows[0]) if in_rows else math.ceil(len(cells) ** 0.5))
 
 
@@ -302,6 +303,8 @@ def main() -> None:
     check_output(out)
     if gif:
         check_output(gif, ".gif")
+        if (count := len(prompts) * each) > 128:
+            raise ValueError(f"--gif would show {count} pictures in each frame; expected up to 128")
     if args["dtype"] != "fp32" and pick_device(args["device"]).type == "cpu":
         raise ValueError(f"--dtype {args['dtype']} is for GPUs; on a CPU fp32 is faster: leave it")
     args["run_dir"] = args["run_dir"] or find_run()

@@ -428,7 +428,7 @@ class Tars(Pictures):
         self.left_out = Counter({"without a caption": 0, "members that are no plain files": 0})
         for number, shard in enumerate(self.shards):
             samples, odd = index_tar(shard)
-            self.left_out["members that are no plain files"] += odd
+            self.left_out["members that are no plain files, or of a name twice"] += odd
             rows = []
             for parts in samples.values():
                 text = parts.get(".txt") or parts.get(".json")
@@ -521,7 +521,8 @@ def shards_of(spec: str) -> list[Path]:
 
 def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], int]:
     """{name without suffix: {"image" or suffix: (name, start, bytes)}} of a tar, and the number
-    of members passed over: links, devices, paths that lead out. ValueError for no whole tar."""
+    of members passed over: links, devices, paths that lead out, names that were there already.
+    ValueError for no whole tar."""
     samples: dict[str, dict] = {}
     odd = 0
     try:
@@ -540,8 +541,9 @@ def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], i
                 key, suffix = posixpath.splitext(name)
                 suffix = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                 if suffix in ("image", ".txt", ".json"):
-                    place = (name, member.offset_data, member.size)
-                    samples.setdefault(key, {}).setdefault(suffix, place)
+                    sample = samples.setdefault(key, {})
+                    odd += suffix in sample
+                    sample.setdefault(suffix, (name, member.offset_data, member.size))
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError(f"damaged or cut short at byte {tar.offset:,}")

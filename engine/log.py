@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.cli import Parser, start
+from engine.cli import Parser, check_output, start
 from scale.parallel import World
 
 # ---- log.jsonl -----------------------------------------------------------------------------------
@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, default=Path("curves.png"),
         help="default curves.png")  # fmt: skip
     args = parser.parse_args()
+    check_output(args.out, ".png")
     draw_curves(args.runs, args.out)
     print(f"{args.out}: {', '.join(args.runs)}")
 

@@ -65,7 +65,7 @@ from scale.powersgd import PowerSGD
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
 # whose preset and data a stage goes on with, the first that is there; with --resume its own
 GOES_ON_FROM = {"dvae": [], "prior": ["dvae.pt"], "clip": ["prior.pt", "dvae.pt"]}
-# options of which a run that is resumed keeps its own; the next stage keeps the filters with the data
+# options of which a run that is resumed keeps its own; the next stage keeps the data's filters
 DEFAULTS = {
     "seed": 0, "filters": False, "dtype": "fp32", "micro_batch": None, "tokens": "argmax",
     "moments": 32,

@@ -116,7 +116,7 @@ def main() -> None:
         raise ValueError(f"--prompts {args.prompts}: a covariance needs two at least")
     run_dir = args.run_dir or find_run()
     run = open_run(run_dir, args.prompts, args.candidates)
-    check_output(args.out)
+    check_output(args.out, ".png")
     figure, axes = subplots(6)
     judge = reliable_judge()
     sizes = [2**k for k in range(args.candidates.bit_length())]

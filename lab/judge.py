@@ -253,7 +253,7 @@ def main() -> None:
     run_dir = args.run_dir or find_run()
     run = open_run(run_dir, args.prompts, args.candidates)
     if args.candidates is not None:
-        check_output(args.out)
+        check_output(args.out, ".png")
         figure, (axis,) = subplots(1)
     judge = reliable_judge()
     for split in ("val", "unseen"):

@@ -61,10 +61,13 @@ def check(wanted: dict) -> dict:
 
 def command(wanted: dict, place: int | None) -> str:
     """The command line that draws a picture: the last of the `place` best, or of all."""
-    words = ["python", "sample.py", wanted["prompt"], "--run-dir", wanted["run"]]
+    prompt = wanted["prompt"]
+    if prompt.startswith("-"):  # lest it be taken for an option
+        prompt = f" {prompt}"
+    words = ["python", "sample.py", prompt, f"--run-dir={wanted['run']}"]
     options = {k: wanted.get(k) for k in NUMBERS} | {"image": wanted.get("name"), "top": place}
     for name, value in options.items():
-        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        words += [] if value is None else [f"--{name.replace('_', '-')}={value}"]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

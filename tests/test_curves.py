@@ -70,6 +70,7 @@ def test_without_matplotlib_training_goes_on_and_says_so_once(tmp_path, monkeypa
     "text, message",
     [
         (None, "holds no log.jsonl"),
+        (json.dumps(DVAE), "such as cube.png"),  # asked for as a .jpg
         ("", "is empty"),
         (json.dumps(DVAE) + '\n{"stage": "dvae", "st', "damaged at line 2"),
         ("[1, 2]\n", "damaged at line 1"),
@@ -82,7 +83,8 @@ def test_one_line_for_a_log_that_cannot_be_drawn(tmp_path, monkeypatch, capsys, 
     run.mkdir()
     if text is not None:
         (run / "log.jsonl").write_text(text)
-    monkeypatch.setattr("sys.argv", ["log.py", str(run), "-o", str(tmp_path / "c.png")])
+    name = "c.png" if message != "such as cube.png" else "c.jpg"
+    monkeypatch.setattr("sys.argv", ["log.py", str(run), "-o", str(tmp_path / name)])
     with pytest.raises(SystemExit) as end:
         start(curves.main)
     error = capsys.readouterr().err

@@ -45,6 +45,9 @@ def test_own_pictures(tmp_path):
     assert errors.count("broken.jpg cannot be read") == errors.count("silent.txt holds no") == 1
     assert str(folder) in out  # the dVAE's data, unless told otherwise
     assert (run_dir / "samples.png").exists()
+    with mock.patch("os.access", return_value=False):
+        code, _, errors = call(train_prior, *options)
+    assert code == 2 and "write-protected" in errors and not (run_dir / "prior.pt.old").exists()
     code, *_ = call(train_prior, *options, "--dtype", "fp16")
     assert code == 0 and last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
 
@@ -74,8 +77,8 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     about = checkpoint.load(run_dir / "dvae.pt", weights=False)
     assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2 and about["run"]["filters"]
     stage(train_dvae, "--preset", "emoji", "--resume", "--n-hid", 16, "--steps", 4)  # named again
-    about = checkpoint.load(run_dir / "dvae.pt", weights=False)
-    assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 1.5 and about["run"]["filters"]
+    about = checkpoint.load(run_dir / "dvae.pt", weights=False)["run"]
+    assert about["seed"] == 7 and about["kl_weight"] == 1.5 and about["filters"]
     code, _, err = call(train_dvae, "--resume", "--workers", 0)
     assert code == 2 and "at step 4 already" in err
     code, _, err = call(train_clip, *small)

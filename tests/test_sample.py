@@ -134,8 +134,10 @@ def test_a_candidate_is_the_same_in_any_company(mini):
 
 def test_a_run_that_is_trained_on_is_read_again(mini, tmp_path):
     run_dir = shutil.copytree(mini, tmp_path / "run")
+    draw("a cone", run_dir=run_dir)
     first = sample.load_run(run_dir)
     assert sample.load_run(run_dir) is first
+    first.prior.image_head.weight.sum().backward()  # what `draw` has read can be trained
     state = checkpoint.load(run_dir / "prior.pt")
     state["model"]["image_head.weight"].zero_()
     checkpoint.save(run_dir / "prior.pt", state)
@@ -312,6 +314,13 @@ def test_watching(mini, main, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a.gif"}
 
 
+def test_many_candidates_are_a_near_square(mini):
+    """Beside a picture that is continued too: WebP has room for 16,383 pixels in a row."""
+    images = draw("a cone", 2, mini, image=Image.new("RGB", (16, 16)), keep_rows=2)
+    widths = [sample.page(images * n, 2 * n, 1, False).width for n in (15, 16, 500)]
+    assert widths == [32 * 136 - 8, 6 * 136 - 8, 32 * 136 - 8]
+
+
 @pytest.mark.parametrize("token, left", [(GRID**2 + 2 * GRID, 2), (GRID, 1)])
 def test_ctrl_c_keeps_what_is_drawn(mini, main, tmp_path, monkeypatch, token, left):
     """Interrupted in the second of three pictures, and in the first."""
@@ -394,6 +403,7 @@ def photo(path, size=(20, 20), **options):
         (["a cone", "-o", "picture"], "name of a picture"),
         (["a cone", "-o", "picture.psd"], "name of a picture"),
         (["a cone", "--gif", "a.png"], "such as cube.gif"),
+        (["a cone", "--gif", "a.gif", "--candidates", "129"], "up to 128"),
         (["a cone", "--device", "cuda:x"], "not there"),
         (["a cone", "--device", "gpu"], "not there"),
         (["a cone", "--dtype", "bf16"], "GPU"),
