@@ -50,6 +50,7 @@ from scale.parallel import (
     Loss,
     all_finite,
     average_in_backward,
+    check_scale,
     checkpoint_activations,
     clip_gradients,
     fill,
@@ -195,7 +196,9 @@ class Run:
             if hasattr(args, name):  # the last two are the prior's alone
                 self.settings[name] = getattr(args, name)
         self.mesh = machine_mesh(self.device, args.shard) if args.shard is not None else None
-        self.check_scale(config)
+        gpus = self.mesh["gpu"].size() if self.mesh else 1
+        if self.stage == "prior":
+            check_scale(config.d_model, gpus, self.world.size // gpus, args.powersgd_rank)
         self.state = state.to_resume(self.path, self.settings, config, args.resume, self.world)
         start_from = None
         if args.init_from:
@@ -234,17 +237,6 @@ class Run:
             f"{self.device.type}, {args.dtype}; into {self.dir}"
         )
         return model
-
-    def check_scale(self, config) -> None:
-        gpus = self.mesh["gpu"].size() if self.mesh else 1
-        if self.mesh and 4 * config.d_model % gpus:
-            raise ValueError(f"--shard {gpus} does not divide {4 * config.d_model}, 4d")
-        rank, machines = self.args.powersgd_rank, self.world.size // gpus
-        if rank is not None and (machines == 1 or rank < 1 or rank % gpus):
-            raise ValueError(
-                f"--powersgd-rank {rank} on {machines} machine(s) of {gpus}: "
-                f"expected several machines, and a multiple of {gpus}"
-            )
 
     def sharded(self, weights: dict[str, Tensor]) -> nn.Module:
         """The model with the weights that rank 0 holds, sharded among the GPUs (2.5)."""

@@ -3,7 +3,7 @@ What a run would cost, before it is started. It takes the options of the trainer
 
     python -m lab.plan dvae --tiny
     python -m lab.plan prior --preset paper --gpus 1024 --shard 8 --checkpoint-activations \\
-        --dtype bf16 --powersgd-rank 896        # with --bits-stored 16: the paper's 16 GB
+        --dtype bf16 --powersgd-rank 896
 
 Nothing is guessed from a formula that could differ from the code: one micro-batch goes through the
 model forward and backward on the `meta` device, where tensors have shapes and no memory, while
@@ -14,8 +14,8 @@ a tenth of a GPU for them.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from dvae import DVAE, DVAEConfig
 from engine.cli import Parser, check_batches, choose, start, trainer_parser
 from scale.fast import upsample_late, use_blocks
 from scale.formats import matrices
-from scale.parallel import checkpoint_activations
+from scale.parallel import check_scale, checkpoint_activations
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
 GB = 2**30  # as in the memory of GPUs
@@ -49,28 +49,56 @@ def sizes_of(preset: str, args: argparse.Namespace) -> tuple[TransformerConfig, 
 
 @dataclass
 class Cost:
-    """Of one micro-batch, forward and backward: operations, and bytes kept in 32 bits."""
+    """Of one micro-batch, forward and backward: operations, and bytes kept in 32 bits, of which
+    autocast halves those that are `cast`."""
 
     flops: int
     kept: int
+    cast: int
 
 
-def measure(run: Callable[[], Tensor], model: nn.Module) -> Cost:
-    """Count `run`, which makes a scalar on the meta device from a model that is there too."""
+def measure(run: Callable[[], Tensor], model: nn.Module, parts: Iterable[nn.Module] = ()) -> Cost:
+    """Count `run`, which makes a scalar on the meta device from a model that is there too.
+
+    Of the model, `parts` compute in 16 bits under autocast. What they and their LayerNorms are
+    given, the identity path, stays in 32 (2.4), and so does what is kept outside of them."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
+    in_32_bits: set[int] = set()
+    hooks, depth = [], 0
+
+    def given(_, inputs: tuple[Tensor]) -> None:
+        in_32_bits.add(inputs[0].untyped_storage()._cdata)
+
+    def enter(*_) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(*_) -> None:
+        nonlocal depth
+        depth -= 1
+
+    for part in parts:
+        norms = [m for m in part.modules() if isinstance(m, nn.LayerNorm)]
+        hooks += [m.register_forward_pre_hook(given) for m in (part, *norms)]
+        hooks += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
+            if not depth or tensor.dtype != torch.float32:
+                in_32_bits.add(storage._cdata)
         return tensor
 
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = run()
         loss.backward()
-    return Cost(counter.get_total_flops(), sum(kept.values()))
+    for hook in hooks:
+        hook.remove()
+    cast = sum(size for key, size in kept.items() if key not in in_32_bits)
+    return Cost(counter.get_total_flops(), sum(kept.values()), cast)
 
 
 def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tuple[nn.Module, Cost]:
@@ -94,17 +122,17 @@ def prior_cost(config: TransformerConfig, micro_batch: int, again: bool) -> tupl
         x = model.embed(text, image).detach().requires_grad_()
         kinds = [getattr(block, "kind", "mlp") for block in model.blocks]
         of_kind = {
-            kind: measure(lambda block=block: block(x).sum(), block)
+            kind: measure(lambda block=block: block(x).sum(), block, [block])
             for kind, block in dict(zip(kinds, model.blocks)).items()
         }
         return [of_kind[kind] for kind in kinds]
 
     costs = [measure(ends, model), *resblocks()]
     if again:
-        once = max(cost.kept for cost in costs[1:])  # of one resblock, while it is computed again
+        once = max(costs[1:], key=lambda c: c.kept)  # of one resblock, while it is computed again
         checkpoint_activations(model.blocks)
-        costs = [costs[0], Cost(0, once), *resblocks()]
-    return model, Cost(sum(c.flops for c in costs), sum(c.kept for c in costs))
+        costs = [costs[0], replace(once, flops=0), *resblocks()]
+    return model, Cost(*(sum(column) for column in zip(*map(astuple, costs))))
 
 
 def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn.Module, Cost]:
@@ -113,11 +141,8 @@ def dvae_cost(config: DVAEConfig, image_size: int, micro_batch: int) -> tuple[nn
         images = torch.zeros(micro_batch, 3, image_size, image_size)
     upsample_late(model.decoder)
 
-    def run() -> Tensor:
-        z = model.encoder(images).softmax(1)
-        return model.decoder(z).mean() + z.log().mean()
-
-    return model, measure(run, model)
+    parts = [model.encoder, model.decoder]
+    return model, measure(lambda: model.loss(images, 1.0, 1.0)[0], model, parts)
 
 
 def memory_of(
@@ -141,6 +166,7 @@ def memory_of(
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     of_matrices = sum(p.numel() for _, p in matrices(model)) if hasattr(model, "blocks") else n
     others = n - of_matrices  # always in 32 bits
+    root = n - sum(p.numel() for block in blocks for p in block.parameters())
     moments = min(moments, stored)
     memory = {"parameters": (stored / 8 * of_matrices + 4 * others) / shards}
     kept_as_errors = stored == 16 and powersgd_rank
@@ -149,13 +175,16 @@ def memory_of(
     memory["Adam's moments"] = 2 * (moments / 8 * of_matrices + 4 * others) / shards
     if stored == 32:
         memory["averaged parameters"] = 4 * n / shards
-    memory["activations"] = cost.kept * bits / 32
+    memory["activations"] = cost.kept - cost.cast * (1 - bits / 32)
     if shards > 1:  # this resblock's and the next one's, and its gradients
         memory["gathered resblocks"] = 3 * stored / 8 * largest
-        if bits == 16 and stored == 32 and not again:  # autocast's copies, until the backward pass
-            memory["16-bit weights"] = 2 * n
-    if powersgd_rank:
-        memory["error buffers"] = moments / 8 * of_matrices / shards
+        memory["gathered embeddings and heads"] = 8 * root  # and their gradients
+    if bits == 16 and stored == 32 and not (again and shards > 1):
+        memory["16-bit weights"] = 2 * of_matrices  # autocast's copies, until the backward pass
+    if powersgd_rank:  # the fixed Q have the longer side of each matrix of a shard
+        d, columns = model.config.d_model, powersgd_rank // shards * model.config.n_layer
+        of_Q = columns * (4 * d + 2 * max(d, 4 * d // shards))
+        memory["error buffers and Q"] = moments / 8 * (of_matrices / shards + of_Q)
     return memory
 
 
@@ -177,8 +206,11 @@ def main() -> None:
     hp = choose(training, presets[preset], args)
     micro_batch = check_batches(hp.batch_size, args.micro_batch, args.gpus)
     shards = 1 if args.shard is None else args.shard or min(8, args.gpus)
-    if shards < 1 or args.gpus % shards:
-        raise ValueError(f"--shard {shards} does not divide --gpus {args.gpus}")
+    if shards < 1 or args.gpus % shards or args.shard is not None and args.gpus == 1:
+        raise ValueError(f"--shard {shards} does not divide --gpus {args.gpus}, or 1 GPU")
+    check_scale(config.d_model, shards, args.gpus // shards, args.powersgd_rank)
+    if not args.gpu_memory > 0:
+        raise ValueError(f"--gpu-memory is {args.gpu_memory}; expected GB above 0")
     if args.stage == "dvae":
         model, cost = dvae_cost(dvae, size, micro_batch)
         tokens, moments = (size // dvae.factor) ** 2, 32
@@ -199,7 +231,7 @@ def main() -> None:
     total = sum(memory.values()) / GB
     accumulate = hp.batch_size // (micro_batch * args.gpus)
     flops = cost.flops * accumulate * args.gpus
-    images = len(open_dataset(args.data or "toy", size, None, args.stage == "prior")[0])
+    images = len(open_dataset(args.data or "toy", size, args.val, args.stage == "prior")[0])
     print(
         f"{n:,} parameters on {args.gpus} GPU(s)"
         + (f", sharded among {shards}" if shards > 1 else ", a replica on each"),

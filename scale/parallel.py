@@ -169,6 +169,18 @@ def machine_mesh(device: torch.device, shards: int | None) -> DeviceMesh:
     return init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=names)
 
 
+def check_scale(d_model: int, gpus: int, machines: int, powersgd_rank: int | None) -> None:
+    """ValueError where a prior cannot be sharded among the GPUs of a machine, or its gradients not
+    be compressed between machines."""
+    if 4 * d_model % gpus:
+        raise ValueError(f"--shard {gpus} does not divide {4 * d_model}, 4d")
+    if powersgd_rank is not None and (machines == 1 or powersgd_rank < 1 or powersgd_rank % gpus):
+        raise ValueError(
+            f"--powersgd-rank {powersgd_rank} on {machines} machine(s) of {gpus}: "
+            f"expected several machines, and a multiple of {gpus}"
+        )
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Shard a model built on `meta`, each resblock of its own, and make room for it on `device`.
 
