@@ -327,14 +327,13 @@ class Table(Pictures):
         table: dict[str, list[str]] = {}
         missing = []
         for line, row in rows_of(path):
-            file = pick(row, PATH_COLUMNS)
+            file = next(pick(row, PATH_COLUMNS), "")
             if file not in table:
                 if not file or not os.path.isfile(path.parent / file):
                     missing.append((line, file))
                     continue
                 table[file] = []
-            if caption := tidy(pick(row, TEXT_COLUMNS)):
-                table[file].append(caption)
+            table[file] += filter(None, map(tidy, pick(row, TEXT_COLUMNS)))
         if missing:
             line, file = missing[0]
             advice = "; img2dataset makes .tar shards of links" * bool(re.match("https?:", file))
@@ -357,9 +356,14 @@ class Table(Pictures):
         return [self.lines[j] for j in range(self.ends[k], self.ends[k + 1])]
 
 
-def pick(row: dict, names: tuple[str, ...]) -> str:
-    """The first of these columns that a row has."""
-    return next((row[name].strip() for name in names if isinstance(row.get(name), str)), "")
+def pick(row: dict, names: tuple[str, ...]) -> Iterator[str]:
+    """What the first of these columns that is not empty holds: a text, or a list of texts."""
+    for name in names:
+        value = row.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if texts := [text.strip() for text in texts if isinstance(text, str) and text.strip()]:
+            return iter(texts)
+    return iter(())
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
@@ -425,18 +429,19 @@ class Tars(Pictures):
     def __init__(self, spec: str, captions: bool, filters: bool):
         self.shards = shards_of(spec)
         files, tables = [], []
-        self.left_out = Counter({"without a caption": 0, "members that are no plain files": 0})
+        self.left_out = Counter({"without a caption": 0})
         for number, shard in enumerate(self.shards):
             samples, odd = index_tar(shard)
             self.left_out["members that are no plain files, or of a name twice"] += odd
             rows = []
             for parts in samples.values():
-                text = parts.get(".txt") or parts.get(".json")
+                is_json = ".json" in parts and not parts.get(".txt", (0, 0, 0))[2]  # empty or none
+                text = parts.get(".json" if is_json else ".txt")
                 if "image" in parts and (text or not captions):
                     name, *place = parts["image"]
                     files.append(name)
                     _, *text_place = text or ("", 0, 0)
-                    rows.append((number, *place, *text_place, ".txt" not in parts))
+                    rows.append((number, *place, *text_place, is_json))
                 elif "image" in parts:
                     self.left_out["without a caption"] += 1
             tables.append(np.array(rows, np.int64).reshape(-1, 6))

@@ -134,8 +134,10 @@ def reliable_judge() -> Judge:
 def open_run(run_dir: Path, prompts: int, candidates: int | None) -> Models:
     """A run's models, as `load_run` gives them. ValueError where they cannot be judged so."""
     run = load_run(run_dir)
-    if run.dvae.config.factor * run.prior.config.grid != SIZE or prompts < 1:
-        raise ValueError(f"expected a run of {SIZE} × {SIZE} pixels, and --prompts of 1 or more")
+    if run.dvae.config.factor * run.prior.config.grid != SIZE or run.about.get("data") != "toy":
+        raise ValueError(f"expected a run on the toy world, of {SIZE} × {SIZE} pixels")
+    if prompts < (least := 1 if candidates is None else 2):
+        raise ValueError(f"--prompts is {prompts}; expected {least} or more")
     if candidates is not None:
         if candidates < 1 or candidates.bit_count() > 1:
             raise ValueError(f"--candidates is {candidates}; expected a power of 2")

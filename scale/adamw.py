@@ -103,4 +103,4 @@ class AdamW(torch.optim.Optimizer):
         for p in self.in_16_bits & self.state.keys():
             state = self.state[p]
             for name, fmt in FORMATS.items():
-                state[name] = sharded_like(state[name], encode(local(state[name]), fmt))
+                state[name] = sharded_like(state[name], encode(local(state[name]), fmt, True))

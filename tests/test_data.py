@@ -23,7 +23,7 @@ import data.files as sources
 import engine.cli
 import lab.data
 from data import toy
-from data.files import open_dataset, read_image
+from data.files import open_dataset, open_pictures, read_image
 from data.listings import area_resize, preprocess_dvae, preprocess_prior
 from data.loader import Samples, micro_batches
 from data.toy import toy_scene, toy_world
@@ -606,6 +606,30 @@ def test_bad_tables_are_refused(name, content, expected, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=expected):
         open_dataset(str(tmp_path / name), 32)
+
+
+def test_columns_that_are_empty_or_hold_lists(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "t.csv").write_text("path,file,caption,text\n,a.png,,red\nb.png,x,blue,y\n")
+    table = open_pictures(str(tmp_path / "t.csv"), True, False)
+    assert [table.captions_of(k) for k in (0, 1)] == [["red"], ["blue"]]
+    rows = [{"path": "a.png", "captions": ["one", " ", 3, "two"]}, {"path": "b.png", "text": []}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = open_pictures(str(tmp_path / "t.jsonl"), True, False)
+    assert len(table) == 1 and table.captions_of(0) == ["one", "two"]
+
+
+def test_an_empty_text_in_a_tar_leaves_the_json(tmp_path):
+    parts = {"a.png": b"", "a.txt": b"", "a.json": b'{"caption": "red"}'}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    parts["a.png"] = (tmp_path / "a.png").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in parts.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert open_pictures(str(tmp_path / "a.tar"), True, False).captions_of(0) == ["red"]
 
 
 def test_captions_of_any_encoding(tmp_path):
