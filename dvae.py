@@ -90,7 +90,7 @@ def check(x: Tensor, w: Tensor, factor: int, what: str) -> None:
 class Conv2d(nn.Module):
     """A convolution that keeps the size, with the released parameter names `w` and `b`.
 
-    The release keeps the two next to the relaxation in 32 bits: always_fp32, also under autocast.
+    always_fp32: in 32 bits under autocast too, as the release has the two next to the relaxation.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel: int, always_fp32: bool = False) -> None:
@@ -214,9 +214,9 @@ class DVAE(nn.Module):
     def even_out(self) -> None:
         """Give what both first convolutions make at the start a mean near 0 and a larger variance.
 
-        Not the paper's, in `tiny`, `emoji` and `small`: phi(x) is about ½ everywhere, and one code
-        of K alone is 1, so that with the usual start all pixels, and all codes, look almost the
-        same to what follows, and short runs are spent on telling them apart.
+        Not the paper's; `tiny`, `emoji` and `small` do it: phi(x) is about ½ everywhere, and one
+        code of K alone is 1, so that with the usual start all pixels, and all codes, look almost
+        the same to what follows, and short runs are spent on telling them apart.
         """
         pixels, codes = self.encoder.blocks.input, self.decoder.blocks.input
         pixels.w *= self.config.input_gain

@@ -101,7 +101,7 @@ def draw(
     temperature: 1 in the paper (2.6); 0 takes the likeliest token each time. top_k, top_p and
         guidance came later: see `Transformer.generate`.
     image, keep_rows: the picture to continue, and how many rows of its tokens are kept (3.3, G).
-    batch_size: candidates drawn at once. dtype: of the prior's resblocks; 16 bits on GPUs only.
+    batch_size: candidates drawn at once. dtype: of the prior's resblocks; 16 bits pay on GPUs only.
 
     The images' .info holds prompt, candidate, score (the cosine, or None), options: with these
     draw(**options) draws the same again; and where a picture is continued, `continues`: it, and
@@ -153,10 +153,7 @@ def draw(
     uniforms = uniforms_of(seed, range(C), grid**2).to(device)  # [C, N]
     tokens = torch.full((P * C, grid**2), -1, device=device)  # −1: not drawn yet
     tokens[:, : len(prefix)] = prefix
-    # a batch is whole prompts, as many as fit, or a part of one that has more candidates than fit
-    prompts_at_once = max(1, batch_size // C)
-    all_rows = torch.arange(P * C, device=device)  # row = prompt · C + candidate
-    batches = [b for some in all_rows.split(prompts_at_once * C) for b in some.split(batch_size)]
+    batches = torch.arange(P * C, device=device).split(batch_size)  # row = prompt · C + candidate
     images, stopped = [], False
     precision = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32")
     total = len(batches) * (grid**2 - len(prefix))

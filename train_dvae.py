@@ -40,7 +40,7 @@ class DVAETraining:
 
     image_size: int = 256  # pixels along each side (A.2)
     batch_size: int = 512  # images in an update, of all processes: 64 GPUs × 8 (A.2)
-    steps: int = 3_000_000  # updates; given alone it stretches every schedule (A.2)
+    steps: int = 3_000_000  # updates; given, it stretches the schedules that are not (A.2)
     lr: float = 1e-4  # step size at the start of its half cosine (A.2)
     lr_end: float = 1.25e-6  # step size at its end, and from there on (A.2)
     lr_steps: int = 1_200_000  # updates of that half cosine (A.2)

@@ -46,7 +46,7 @@ class PriorTraining:
     """
 
     batch_size: int = 1024  # pairs in an update, of all processes (B.2)
-    steps: int = 430_000  # updates; given alone it stretches every schedule (B.2)
+    steps: int = 430_000  # updates; given, it stretches the schedules that are not (B.2)
     lr: float = 4.5e-4  # step size after the warm-up (B.2)
     warmup_steps: int = 5000  # updates in which the step size grows from 0 (B.2)
     plateau_steps: int = 5000  # updates whose mean loss is compared with the best; our reading
@@ -71,7 +71,7 @@ class PriorTraining:
 
 
 PRESETS = {
-    "tiny": dict(n_layer=4, n_head=4, d_head=32, text_len=40, text_vocab=512, kernel=5,
+    "tiny": dict(n_layer=4, n_head=8, d_head=16, text_len=40, text_vocab=512, kernel=5,
                  batch_size=64, steps=1900, lr=3e-3, warmup_steps=100, plateau_steps=150, ema=0.97,
                  plateau_threshold=0.025, ema_every=5, bpe_captions=20_000, eval_every=250),
     "emoji": dict(n_layer=6, n_head=6, d_head=32, text_len=40, text_vocab=1024, kernel=5,
@@ -129,10 +129,10 @@ def captions_of(dataset, count: int) -> Iterator[str]:
         yield from dataset.captions_of(index)
 
 
-def frequent_words(captions: Iterator[str], most: int = 100_000) -> list[str]:
+def frequent_words(captions: Iterator[str]) -> list[str]:
     """The words of the captions, the most frequent first: what sample.py compares a prompt with."""
     counts = Counter(word for caption in captions for word in words_of(caption))
-    return [word for word, _ in counts.most_common(most)]
+    return [word for word, _ in counts.most_common(100_000)]
 
 
 def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iterator[str]) -> BPE:
@@ -259,7 +259,7 @@ def main() -> None:
             if run.due():
                 run.save()
                 scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
-                # −ln p(x, y) at most (Eq. 1): nats of text and tokens, and of pixels given tokens
+                # bounds −ln p(x, y) (Eq. 1): nats of text and tokens, and of pixels given tokens
                 nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels
                 run.report(scores | {"val_joint_bits": nats / math.log(2)})
                 if not run.mesh:

@@ -117,7 +117,7 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("--device", help="cuda, mps or cpu; default: the best one there")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of products (2.4, D); default fp32")
     add("--workers", type=int, default=1, metavar="N", help="loading processes, up to 64")
-    add("--resume", action="store_true", help="continue the run in --run-dir")
+    add("--resume", action="store_true", help="go on with the run in --run-dir, or the newest")
     add("--init-from", metavar="FILE", type=Path, help="fine-tune these weights")
     if shards:
         add("--shard", type=int, nargs="?", const=0, metavar="GPUS", help="shard the model among "
@@ -155,7 +155,7 @@ def shown(value: float) -> str:
 def choose(config: type, preset: dict, args: argparse.Namespace):
     """A config from the paper's defaults, overridden by a preset, overridden by options.
 
-    Where --steps alone is given, the schedules shrink or grow in proportion: fields named
+    Where --steps is given, the schedules that are not shrink or grow in proportion: fields named
     `…_steps` keep their share of `steps`.
     """
     names = [field.name for field in fields(config)]

@@ -11,8 +11,8 @@ from scale.parallel import World
 
 
 class CodesInUse:
-    """How many codes are the argmax somewhere in the last 512 pictures of training, or in as many
-    more as hold 16 tokens for each code: `count`.
+    """How many codes are the argmax somewhere in the last 512 pictures of training or, where these
+    hold fewer than 16 tokens for each code, in as many as do: `count`.
 
     Our own, not the paper's: β is four times as large while they are fewer than `min_usage` of all.
     Codes that go out of use in the first thousand updates seldom come back. A larger β keeps them

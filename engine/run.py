@@ -66,7 +66,7 @@ from scale.powersgd import PowerSGD
 NEEDS = {"dvae": (), "prior": ("dvae.pt",), "clip": ("bpe.json", "dvae.pt")}
 # whose preset and data a stage goes on with, the first that is there; with --resume its own
 GOES_ON_FROM = {"dvae": [], "prior": ["dvae.pt"], "clip": ["prior.pt", "dvae.pt"]}
-# options of which a run that is resumed keeps its own; the next stage keeps the data's filters
+# of these a resumed run keeps its own, and the next stage the filters of the same data
 DEFAULTS = {
     "seed": 0, "filters": False, "dtype": "fp32", "micro_batch": None, "tokens": "argmax",
     "moments": 32,
@@ -283,10 +283,6 @@ class Run:
         if args.powersgd_rank:
             self.compressor = compress(model, args, self.mesh)
         if self.state:
-            if missing := parts.keys() - self.state.about.keys():
-                expected = ", ".join(missing)
-                reason = f"expected its {expected}, which an earlier version does not save"
-                raise Stop(f"{self.state.path} is not of such a run: {reason}", 2)
             about, own = self.state.about, [dict(group) for group in optimizer.param_groups]
             state.restore(self.state, model, ema, optimizer, self.compressor)
             for group, settings in zip(optimizer.param_groups, own):

@@ -121,9 +121,9 @@ def draw_best(prompts: list[str], sizes: tuple[int, ...], **options) -> Image.Im
     return whole
 
 
-def draw_masks(cell: int = 16) -> Image.Image:
+def draw_masks() -> Image.Image:
     """Fig. 11: each square is a position i that may (dark) or may not (light) attend to j."""
-    T, G = 6, 4
+    T, G, cell = 6, 4, 16
     size = cell * (T + G * G)
     columns = torch.arange(T, T + G * G).view(G, G).T.flatten()
     transposed = torch.cat([torch.arange(T), columns])

@@ -148,8 +148,8 @@ def open_run(run_dir: Path, prompts: int, candidates: int | None) -> Models:
 @torch.inference_mode()
 def judge_dvae(judge: Judge, dvae, split: str) -> tuple[float, float, int]:
     """Of 512 pictures of a split through argmax tokens: mean PSNR in dB against the renders without
-    sensor noise; the share of those of one object whose colour and shape are still right, than
-    which no prior can do much better; and the number of codes in use."""
+    sensor noise; the share of those of one object whose colour and shape are still right, as would
+    be those of a prior that drew just their tokens; and the number of codes in use."""
     scenes = [toy_scene(index, split) for index in range(512)]
     clean = [render(scene, SIZE) for scene in scenes]
     noisy = [toy_world(index, SIZE, split)[0] for index in range(512)]

@@ -248,10 +248,14 @@ def main() -> None:
         sep="\n",
     )  # fmt: skip
     if total > 0.9 * args.gpu_memory:
-        more = "--checkpoint-activations, --shard" if args.stage == "prior" else "--dtype bf16"
+        untried = {"--dtype bf16": args.dtype not in ("bf16", "fp16")}
+        if args.stage == "prior":
+            untried |= {"--checkpoint-activations": not args.checkpoint_activations}
+            untried |= {"--shard": shards == 1}
+        more = "".join(f"{option}, " for option, is_left in untried.items() if is_left)
         print(
             "this does not fit (a tenth is left to kernels and fragments): try a smaller "
-            f"--micro-batch, {more}, or more GPUs"
+            f"--micro-batch, {more}or more GPUs"
         )
     else:
         print("this fits")

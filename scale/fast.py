@@ -1,13 +1,16 @@
 """
 What is quicker than the readable form: the same parameters, the same draws.
 
+In training `upsample_late` and `use_blocks` change how a dVAE's decoder and a prior's attention
+compute, not what.
+
 `generate` draws what `Transformer.generate` draws. That one keeps keys and values of the whole
 stream for every row and masks what a position may not see; here
 
 - the text of a prompt is read and kept once for all of its candidates;
 - a layer keeps as many image positions as its mask reaches back, in a ring, and reads of them
   those that the mask allows;
-- on a CPU, the few rows of a step read the weights at memory speed;
+- on a CPU, large matrices are laid out once for all steps;
 - on CUDA, a step is one captured graph, and Python is not waited for.
 """
 

@@ -131,10 +131,10 @@ def test_the_paper_and_its_cards(monkeypatch, capsys):
     each, once in the buffers, which hold their gradients too, and twice in the moments; the other
     201,649,792 have 4 bytes. An eighth of that: 2.91 + 0.09 + 5.82 + 2.82 GB. The fixed Q of a
     layer have 6 · 3968 · 112 numbers, of all layers 0.32 GB. Of the largest resblock, an MLP of
-    8 · 3968² weights, two and the gradients of one: 3 · 2 · 126e6 bytes = 0.70 GB. Embeddings, heads and the
-    last norm have 198,348,416, whole, and so have their gradients: 1.48 GB. The inputs of 128
-    resblocks, 1280 · 3968 numbers of 4 bytes each, are 2.42 GB: 16.73, and what one resblock and
-    both ends keep."""
+    8 · 3968² weights, two and the gradients of one: 3 · 2 · 126e6 bytes = 0.70 GB. Embeddings,
+    heads and the last norm have 198,348,416, whole, and so have their gradients: 1.48 GB. The
+    inputs of 128 resblocks, 1280 · 3968 numbers of 4 bytes each, are 2.42 GB; what one resblock
+    and both ends keep comes on top."""
     options = "prior --preset paper --gpus 1024 --shard 8 --checkpoint-activations --dtype fp16"
     options += " --powersgd-rank 896 --bits-stored 16 --gpu-memory 16"
     monkeypatch.setattr(sys, "argv", ["plan.py", *options.split()])
