@@ -35,8 +35,8 @@ from engine import checkpoint  # noqa: E402
 # Miniatures that save often. A step takes some 10 ms, a save with its pictures some 100.
 MINI = ["--tiny", "--batch-size", "4", "--log-every", "5", "--eval-every", "10"]
 DVAE = [*MINI, "--n-hid", "4", "--n-init", "8", "--vocab-size", "32"]
-PRIOR = [*MINI, "--n-layer", "2", "--d-head", "8", "--ema-every", "1", "--plateau-steps", "7"]
-PRIOR += ["--bpe-captions", "500"]
+PRIOR = [*MINI, "--n-layer", "2", "--n-head", "4", "--d-head", "8", "--ema-every", "1"]
+PRIOR += ["--plateau-steps", "7", "--bpe-captions", "500"]
 
 
 def new_run(run_dir: Path) -> Path:

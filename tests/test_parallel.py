@@ -12,7 +12,8 @@ import train_prior
 from engine import checkpoint
 from engine.cli import start
 
-SMALL = ["--tiny", "--n-layer", "2", "--d-head", "8", "--batch-size", "8", "--log-every", "1"]
+SMALL = ["--tiny", "--n-layer", "2", "--n-head", "4", "--d-head", "8", "--batch-size", "8"]
+SMALL += ["--log-every", "1"]
 SMALL += ["--eval-every", "5", "--warmup-steps", "5", "--plateau-steps", "3", "--workers", "0"]
 SMALL += ["--bpe-captions", "500"]
 
