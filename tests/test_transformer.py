@@ -530,6 +530,7 @@ def test_temperature_top_k_top_p_equal_their_definitions():
     check(nucleus, top_p=0.7)
     check(lambda p: p, top_k=100, top_p=1.0)
     greedy = both(model, text, temperature=0)
+    assert torch.equal(both(model, text, temperature=1e-38), greedy)
     assert torch.equal(greedy, both(model, text, top_k=1))
     assert torch.equal(greedy, both(model, text, top_p=1e-9))
     assert torch.equal(
