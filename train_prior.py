@@ -259,7 +259,7 @@ def main() -> None:
             if run.due():
                 run.save()
                 scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
-                # bounds −ln p(x, y) (Eq. 1): nats of text and tokens, and of pixels given tokens
+                # ≥ −ln p(x, y) (Eq. 1): nats of text and tokens, and of pixels given tokens
                 nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels
                 run.report(scores | {"val_joint_bits": nats / math.log(2)})
                 if not run.mesh:

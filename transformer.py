@@ -178,7 +178,7 @@ def sample_token(
     """logits [B, V], u [B, 1] -> tokens [B], where the cumulative distribution passes u."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no infinity − infinity
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

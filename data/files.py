@@ -327,7 +327,7 @@ class Table(Pictures):
         table: dict[str, list[str]] = {}
         missing = []
         for line, row in rows_of(path):
-            file = next(pick(row, PATH_COLUMNS), "")
+            file = (pick(row, PATH_COLUMNS) or [""])[0]
             if file not in table:
                 if not file or not os.path.isfile(path.parent / file):
                     missing.append((line, file))
@@ -356,14 +356,14 @@ class Table(Pictures):
         return [self.lines[j] for j in range(self.ends[k], self.ends[k + 1])]
 
 
-def pick(row: dict, names: tuple[str, ...]) -> Iterator[str]:
+def pick(row: dict, names: tuple[str, ...]) -> list[str]:
     """What the first of these columns that is not empty holds: a text, or a list of texts."""
     for name in names:
         value = row.get(name)
         texts = value if isinstance(value, list) else [value]
         if texts := [text.strip() for text in texts if isinstance(text, str) and text.strip()]:
-            return iter(texts)
-    return iter(())
+            return texts
+    return []
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, dict]]:

@@ -94,15 +94,16 @@ class Run:
         self.device = self.world.device
         if not 0 <= args.workers <= 64:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
-        own = [f"{stage}.pt"] * args.resume
+        own = f"{stage}.pt"
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
             goes_on = args.resume and not args.preset
-            newest = self.world.share(lambda: newest_run(*own)) if goes_on else None
+            newest = self.world.share(lambda: newest_run(own)) if goes_on else None
             self.dir = args.run_dir or newest or Path("runs") / preset
         else:
+            needs = [own] * args.resume + [*NEEDS[stage]]
             self.dir = args.run_dir or self.world.share(
-                lambda: newest_run(*own, *NEEDS[stage]) or newest_run("dvae.pt")
+                lambda: newest_run(*needs) or newest_run("dvae.pt")
             )
             if self.dir is None:
                 raise ValueError("no run holds a dvae.pt yet; train it with: python train_dvae.py")
@@ -113,7 +114,7 @@ class Run:
         if args.resume and not self.world.share(lambda: any(path.exists() for path in states)):
             self.say(f"nothing to resume: {self.dir} holds no {stage}_state; starting afresh")
             args.resume = False
-        sources = [self.dir / name for name in own * args.resume + GOES_ON_FROM[stage]]
+        sources = [self.dir / name for name in [own] * args.resume + GOES_ON_FROM[stage]]
         source = next((path for path in sources if path.is_file()), None)
         about = (
             checkpoint.load(source, weights=False) if source else dict(preset=preset, data="toy")
@@ -121,7 +122,7 @@ class Run:
         self.preset, self.data = args.preset or about.get("preset"), args.data or about.get("data")
         self.val = args.val if args.val or args.data else about.get("val")
         self.values, was = dict(args.presets.get(self.preset, {})), about.get("run", {})
-        is_own = source == self.dir / f"{stage}.pt"
+        is_own = source == self.dir / own
         if is_own and not args.preset:
             self.values |= about.get("config", {}) | was
         for name, default in DEFAULTS.items():
@@ -283,6 +284,10 @@ class Run:
         if args.powersgd_rank:
             self.compressor = compress(model, args, self.mesh)
         if self.state:
+            if missing := parts.keys() - self.state.about.keys():
+                expected = ", ".join(missing)
+                reason = f"expected its {expected}, which an earlier version does not save"
+                raise Stop(f"{self.state.path} is not of such a run: {reason}", 2)
             about, own = self.state.about, [dict(group) for group in optimizer.param_groups]
             state.restore(self.state, model, ema, optimizer, self.compressor)
             for group, settings in zip(optimizer.param_groups, own):

@@ -112,8 +112,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
     parser.add_argument("-o", "--out", type=Path, default=Path("fig9.png"), metavar="FILE")
     args = parser.parse_args()
-    if args.prompts < 2:
-        raise ValueError(f"--prompts {args.prompts}: a covariance needs two at least")
     run_dir = args.run_dir or find_run()
     run = open_run(run_dir, args.prompts, args.candidates)
     check_output(args.out, ".png")

@@ -136,7 +136,7 @@ def open_run(run_dir: Path, prompts: int, candidates: int | None) -> Models:
     run = load_run(run_dir)
     if run.dvae.config.factor * run.prior.config.grid != SIZE or run.about.get("data") != "toy":
         raise ValueError(f"expected a run on the toy world, of {SIZE} × {SIZE} pixels")
-    if prompts < (least := 1 if candidates is None else 2):
+    if prompts < (least := 1 if candidates is None else 2):  # a deviation, or a covariance
         raise ValueError(f"--prompts is {prompts}; expected {least} or more")
     if candidates is not None:
         if candidates < 1 or candidates.bit_count() > 1:

@@ -29,6 +29,7 @@ from engine.cli import Parser, check_batches, choose, start, trainer_parser
 from scale.fast import upsample_late, use_blocks
 from scale.formats import matrices
 from scale.parallel import check_scale, checkpoint_activations
+from scale.powersgd import shapes_of
 from transformer import Transformer, TransformerConfig, mean_cross_entropy
 
 GB = 2**30  # as in the memory of GPUs
@@ -65,18 +66,18 @@ def measure(run: Callable[[], Tensor], model: nn.Module, parts: Iterable[nn.Modu
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     in_32_bits: set[int] = set()
-    hooks, depth = [], 0
+    hooks, inside = [], False
 
     def given(_, inputs: tuple[Tensor]) -> None:
         in_32_bits.add(inputs[0].untyped_storage()._cdata)
 
     def enter(*_) -> None:
-        nonlocal depth
-        depth += 1
+        nonlocal inside
+        inside = True
 
     def leave(*_) -> None:
-        nonlocal depth
-        depth -= 1
+        nonlocal inside
+        inside = False
 
     for part in parts:
         norms = [m for m in part.modules() if isinstance(m, nn.LayerNorm)]
@@ -87,7 +88,7 @@ def measure(run: Callable[[], Tensor], model: nn.Module, parts: Iterable[nn.Modu
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
             kept[storage._cdata] = storage.nbytes()
-            if not depth or tensor.dtype != torch.float32:
+            if not inside or tensor.dtype != torch.float32:
                 in_32_bits.add(storage._cdata)
         return tensor
 
@@ -182,8 +183,8 @@ def memory_of(
     if bits == 16 and stored == 32 and not (again and shards > 1):
         memory["16-bit weights"] = 2 * of_matrices  # autocast's copies, until the backward pass
     if powersgd_rank:  # the fixed Q have the longer side of each matrix of a shard
-        d, columns = model.config.d_model, powersgd_rank // shards * model.config.n_layer
-        of_Q = columns * (4 * d + 2 * max(d, 4 * d // shards))
+        rows = sum(map(max, shapes_of(model.config.d_model, shards)))
+        of_Q = powersgd_rank // shards * rows * model.config.n_layer
         memory["error buffers and Q"] = moments / 8 * (of_matrices / shards + of_Q)
     return memory
 
@@ -217,11 +218,12 @@ def main() -> None:
     else:
         model, cost = prior_cost(config, micro_batch, args.checkpoint_activations)
         tokens, moments = config.text_len + config.grid**2, args.moments or 32
+    bits = 16 if args.dtype in ("bf16", "fp16") else 32
     memory = memory_of(
         model,
         cost,
         shards=shards,
-        bits=16 if args.dtype in ("bf16", "fp16") else 32,
+        bits=bits,
         powersgd_rank=args.powersgd_rank,
         moments=moments,
         stored=args.bits_stored,
@@ -248,7 +250,7 @@ def main() -> None:
         sep="\n",
     )  # fmt: skip
     if total > 0.9 * args.gpu_memory:
-        untried = {"--dtype bf16": args.dtype not in ("bf16", "fp16")}
+        untried = {"--dtype bf16": bits == 32}
         if args.stage == "prior":
             untried |= {"--checkpoint-activations": not args.checkpoint_activations}
             untried |= {"--shard": shards == 1}

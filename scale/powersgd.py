@@ -220,13 +220,15 @@ def pieces(name: str, matrix: Tensor) -> list[Tensor]:
 # ---- how much is saved (Tables 1 and 2) ----------------------------------------------------------
 
 
-def sent(d: int, rank: int, m: int) -> tuple[int, int]:
-    """Numbers each GPU sends for one layer: (its gradient, its P and Q'), counted from shapes.
+def shapes_of(d: int, m: int) -> list[tuple[int, int]]:
+    """Of a layer's matrices, one GPU's shards: q, k, v, the output's, both of the MLP. They are of
+    the output's axis, but for the second matrix of the MLP (Table 2)."""
+    return 3 * [(d, d // m)] + [(d, d // m), (d, 4 * d // m), (4 * d // m, d)]
 
-    The shards are of the output's axis, but for the second matrix of the MLP (Table 2).
-    """
-    shapes = 3 * [(d, d // m)] + [(d, d // m), (d, 4 * d // m), (4 * d // m, d)]
-    r = rank // m
+
+def sent(d: int, rank: int, m: int) -> tuple[int, int]:
+    """Numbers each GPU sends for one layer: (its gradient, its P and Q'), counted from shapes."""
+    shapes, r = shapes_of(d, m), rank // m
     return sum(a * b for a, b in shapes), sum(r * (a + b) for a, b in shapes)
 
 

@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
         return out
 
     own = ["--data", folder, "--val", val, "--n-hid", 16, "--kl-weight", 2, "--seed", 7]
-    own += ["--filters"]
+    own += ["--filters", "--micro-batch", 2]
     stage(train_dvae, "--preset", "emoji", *own, "--steps", 2)
     monkeypatch.chdir(tmp_path)
     code, out, err = call(train_dvae, "--resume", "--steps", 3, "--workers", 0)  # the newest run
@@ -76,6 +76,7 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     assert "steps" in changed and all(name.endswith("steps") for name in changed)
     about = checkpoint.load(run_dir / "dvae.pt", weights=False)
     assert about["run"]["seed"] == 7 and about["run"]["kl_weight"] == 2 and about["run"]["filters"]
+    assert about["run"]["micro_batch"] == 2
     stage(train_dvae, "--preset", "emoji", "--resume", "--n-hid", 16, "--steps", 4)  # named again
     about = checkpoint.load(run_dir / "dvae.pt", weights=False)["run"]
     assert about["seed"] == 7 and about["kl_weight"] == 1.5 and about["filters"]

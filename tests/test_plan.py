@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from dvae import DVAE, DVAEConfig
 from lab import plan
@@ -93,6 +94,15 @@ def test_what_the_trainer_refuses_has_no_plan(options, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan.py", "prior", "--tiny", *options.split()])
     with pytest.raises(ValueError, match=expected):
         plan.main()
+
+
+def test_nothing_is_held_out_beside_other_held_out_data(tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    options = ["--data", str(tmp_path), "--val", "toy", "--batch-size", "2"]
+    monkeypatch.setattr(sys, "argv", ["plan.py", "dvae", "--tiny", *options])
+    plan.main()
+    assert "an epoch: 2 images" in capsys.readouterr().out
 
 
 def test_the_decoder_is_counted_as_it_is_trained(monkeypatch):

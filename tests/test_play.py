@@ -93,10 +93,13 @@ def test_candidates_appear_row_by_row_and_then_in_the_rerankers_order(port):
         assert options["prompt"] == ["a red cube"] and options["top"] == place
         assert (options["candidates"], options["seed"]) == (3, 3)
         assert options["run_dir"].as_posix() == RUN
-        odd = {"prompt": "-dark", "run": RUN, "name": "-a b.png", "keep_rows": 2}
-        options = sample.parse(shlex.split(play.command(odd, None))[2:])
-        assert options["image"].name == "-a b.png" and options["prompt"][0].strip() == "-dark"
     assert (rows[-1] == pictures[[about["candidate"] for about in found].index(0)]).all()
+
+
+def test_a_command_takes_names_that_begin_as_options_do():
+    odd = {"prompt": "-dark", "run": RUN, "name": "-a b.png", "keep_rows": 2}
+    options = sample.parse(shlex.split(play.command(odd, None))[2:])
+    assert options["image"].name == "-a b.png" and options["prompt"][0].strip() == "-dark"
 
 
 def test_a_picture_is_continued_below_a_row(port):

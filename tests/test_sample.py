@@ -487,6 +487,16 @@ def test_any_command_line_is_read_or_refused(argv):
     assert args["prompt"]
 
 
+def test_what_the_judge_refuses():
+    emoji = sample.SHIPPED.parent / "emoji"  # 32 × 32 pixels, too
+    with pytest.raises(ValueError, match="a run on the toy world"):
+        judge.open_run(emoji, 200, None)
+    for prompts, candidates in ((0, None), (1, 4)):
+        with pytest.raises(ValueError, match="--prompts is"):
+            judge.open_run(sample.SHIPPED, prompts, candidates)
+    assert judge.open_run(sample.SHIPPED, 1, None)
+
+
 def test_best_of_n():
     """Groups one after the other against every prompt and group spelled out."""
     generator = torch.Generator().manual_seed(0)

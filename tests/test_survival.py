@@ -538,6 +538,15 @@ def test_any_json_is_a_bpe_or_refused(tmp_path_factory, data):
         assert bpe.decode(bpe.encode("aab abba")) == "aab abba"
 
 
+def test_a_state_that_lacks_a_part_of_the_run(run_dir, call):
+    state = checkpoint.load(run_dir / "prior_state.pt")
+    del state["halving"]
+    checkpoint.save(run_dir / "prior_state.pt", state)
+    options = [*SCRIPTS["train_prior"], "--run-dir", run_dir, "--steps", 20, "--resume"]
+    code, lines = call(train_prior, *options)
+    assert code == 2 and "expected its halving" in lines[-1]
+
+
 class Begun(Exception):
     """Where a script would begin to work."""
 
