@@ -64,6 +64,8 @@ def area_resize(pixels: np.ndarray, t: int) -> np.ndarray:
     pixels covered in part counted in part; what lies past the last pixel reads the last pixel.
     A single output pixel has no corners to align and is the mean of all: k = s.
     """
+    if t == len(pixels):
+        return pixels.astype(np.float32)
     for _ in range(2):  # the mean over a rectangle: first down the rows, then along them
         s = len(pixels)
         covered, whole = (s - 1, t - 1) if t > 1 else (s, 1)  # k = covered / whole, in integers

@@ -9,6 +9,7 @@ combines what it knows from elsewhere (3.3).
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -174,6 +175,15 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
         draw.polygon(at((0, -1.05), (-0.15, 0.92), (1, 0.5)), shade(color, 0.55))
 
 
+@lru_cache
+def empty_canvas(backdrop: tuple[int, int, int], side: int) -> Image.Image:
+    corners = [shade(backdrop, k) for k in (1.08, 1.0, 0.88, 0.8)]
+    gradient = Image.new("RGB", (2, 2))
+    gradient.putdata(corners)
+    # the middle half of the bilinear enlargement, where the gradient runs
+    return gradient.resize((side, side), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+
+
 def render(scene: Scene, image_size: int, noise_seed: int | None = None) -> np.ndarray:
     """Draw a scene at four times the size and reduce it: uint8 [H, W, 3].
 
@@ -182,11 +192,7 @@ def render(scene: Scene, image_size: int, noise_seed: int | None = None) -> np.n
     """
     side = 4 * image_size
     backdrop = BACKGROUNDS[scene.background]
-    corners = [shade(backdrop, k) for k in (1.08, 1.0, 0.88, 0.8)]
-    gradient = Image.new("RGB", (2, 2))
-    gradient.putdata(corners)
-    # the middle half of the bilinear enlargement, where the gradient runs
-    canvas = gradient.resize((side, side), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
+    canvas = empty_canvas(backdrop, side).copy()
     draw = ImageDraw.Draw(canvas)
     for thing in scene.things:
         r = thing.radius * side

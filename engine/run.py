@@ -44,6 +44,7 @@ from data.loader import Samples, derive, held_out, images_to, micro_batches
 from engine import checkpoint, state
 from engine.cli import Stop, check_batches, newest_run, pick_device
 from engine.log import Bar, Log, beside_shipped, draw_curves, going_on
+from scale.fast import use_convolutions
 from scale.formats import matrices
 from scale.gradient_scales import GradientScales, sum_bias_gradients_in_32_bits
 from scale.parallel import (
@@ -227,6 +228,7 @@ class Run:
         if self.mesh:  # rank 0's host alone holds the whole
             model = self.sharded(model.state_dict() if self.world.is_main else {})
         model = model.to(self.device).train()
+        use_convolutions(model)
         self.start = self.state.about["step"] if self.state else 0
         settings = self.settings | asdict(config) | {"preset": self.preset}
         first = {"settings": settings, "versions": versions(), "commit": commit()}

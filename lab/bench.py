@@ -135,11 +135,13 @@ def timed(work: Callable[[], object], device: str = "cpu") -> Callable[[], float
 def probes(device: str) -> dict[str, Callable[[], float]]:
     """What shows the limits: seconds for an operation and for a byte."""
     side, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    x = torch.randn(side, 2048, device=device, dtype=dtype)
+    linear = nn.Linear(2048, side, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    fast.use_convolutions(linear)
+    x = torch.randn(1, side, 2048, device=device, dtype=dtype)
     y = torch.zeros(2 ** (30 if device == "cuda" else 26), device=device)  # more than caches hold
-    product, read = timed(lambda: x @ x.T, device), timed(lambda: y.sum(), device)
+    product, read = timed(lambda: linear(x), device), timed(lambda: y.sum(), device)
     return {
-        "op": lambda: product() / (2 * len(x) ** 2 * x.shape[1]),
+        "op": lambda: product() / (2 * side**2 * 2048),
         "byte": lambda: min(read() for _ in range(3)) / (4 * len(y)),
     }
 
@@ -337,6 +339,7 @@ def prior_step(device: str, config: TransformerConfig | None = None) -> Work:
 
     model = Transformer(c).to(device)
     fast.use_blocks(model)
+    fast.use_convolutions(model)
     what = f"prior training step, d {c.d_model}, {c.n_layer} layers, grid {c.grid}, batch {batch}"
     units, ops = batch * (c.text_len + c.grid**2), 3 * forward_ops(c, batch)
     work = Work(what, "tokens/s", units, contestant(model, our_loss), ops=ops, rounds=3)
@@ -370,6 +373,7 @@ def attention(device: str, kind: str, config: TransformerConfig | None = None) -
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     block = Attention(c, kind).to(device, dtype)
     S = c.text_len + c.grid**2
+    fast.use_convolutions(block)
     x = torch.randn(batch, S, c.d_model, device=device, dtype=dtype, requires_grad=True)
 
     def contestant(forward: Callable[[Tensor], Tensor]) -> Callable[[], float]:

@@ -196,13 +196,23 @@ def draw_candidates(
     """For each caption the pictures [candidates, 3, H, W] and the reranker's scores of them."""
     bpe, dvae, prior, clip, _ = run
     grid = prior.config.grid
-    for k, caption in enumerate(tqdm(captions, desc="candidates")):
-        text = encode_prompt(caption, bpe, prior).expand(candidates, -1)
-        uniforms = uniforms_of(derive(seed, "prompt", k), range(candidates), grid**2)
-        tokens = fast.generate(prior, text, uniforms=uniforms)
-        images = dvae.decode(tokens.view(-1, grid, grid))
-        embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
-        yield images, (clip.encode_image(images) @ embedding.T)[:, 0]
+    together = max(1, 256 // candidates)  # captions drawn at once
+    bar = tqdm(total=len(captions), desc="candidates")
+    for first in range(0, len(captions), together):
+        some = captions[first : first + together]
+        text = torch.stack([encode_prompt(caption, bpe, prior) for caption in some])
+        uniforms = [
+            uniforms_of(derive(seed, "prompt", first + k), range(candidates), grid**2)
+            for k in range(len(some))
+        ]
+        text = text.repeat_interleave(candidates, dim=0)
+        tokens = fast.generate(prior, text, uniforms=torch.cat(uniforms))
+        for caption, of_one in zip(some, tokens.split(candidates)):
+            images = dvae.decode(of_one.view(-1, grid, grid))
+            embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
+            yield images, (clip.encode_image(images) @ embedding.T)[:, 0]
+            bar.update()
+    bar.close()
 
 
 def judge_candidates(

@@ -230,6 +230,28 @@ def test_a_model_in_blocks_is_the_same_model():
     assert "forward" not in vars(untouched.blocks[0])
 
 
+def test_linear_layers_as_convolutions_are_the_same_model(monkeypatch):
+    """Values and gradients, its average's too; only where a CPU has AVX-512."""
+    c = small()
+    model = build(c)
+    text, image = batch(c, 3)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model.loss(text, image)[0], parameters)
+    u = torch.rand(3, 16, dtype=torch.float64)
+    drawn = both(model, text, image[:, :3], u)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    fast.use_convolutions(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    fast.use_convolutions(model)
+    average = copy.deepcopy(model)
+    for m in (model, average):
+        assert m.blocks[1].up.forward.__self__ is m.blocks[1].up
+        found = torch.autograd.grad(m.loss(text, image)[0], list(m.parameters()))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert torch.equal(both(m, text, image[:, :3], u), drawn)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_allowed_key_influences_and_no_other(kind):
     c = small(text_len=3, grid=4, kernel=3)
@@ -555,7 +577,7 @@ def test_packed_linears_are_the_same_linears_and_only_while_drawing(rows):
     model = Transformer(c)
     large, x = model.blocks[1].up, torch.randn(rows, 256)
     with torch.inference_mode(), fast.packed_linears(model, rows):
-        assert ("forward" in vars(large)) == (rows > 1 and torch.backends.mkldnn.is_available())
+        assert ("forward" in vars(large)) == (rows >= 8 and torch.backends.mkldnn.is_available())
         torch.testing.assert_close(large(x), F.linear(x, large.weight, large.bias))
         assert "forward" not in vars(model.image_head)  # too small to gain
 
