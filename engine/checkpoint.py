@@ -174,10 +174,17 @@ def check_config(path: Path, found: dict, expected) -> None:
         raise ValueError(f"{path} holds a model of other sizes: {', '.join(differ)}")
 
 
+def state_names(stage: str) -> list[str]:
+    """What a stage's state can be called."""
+    return [f"{stage}_state{suffix}" for suffix in (".pt", "", ".previous")]
+
+
 def set_aside(run_dir: Path, *names: str) -> None:
-    """Keep what an earlier run left under these names, as NAME.old. Its state is to come first:
-    --resume must not find it where a new run was killed in here."""
-    moved = [name for name in names if (run_dir / name).exists()]
+    """Keep what an earlier run left under these names, as NAME.old; before the weights of a stage
+    its state: --resume must not find it where a new run was killed in here."""
+    stages = [name.removesuffix(".pt") for name in names if name.endswith(".pt")]
+    states = [name for stage in stages for name in state_names(stage)]
+    moved = [name for name in (*states, *names) if (run_dir / name).exists()]
     for name in moved:
         shutil.rmtree(run_dir / (name + ".old"), ignore_errors=True)
         os.replace(run_dir / name, run_dir / (name + ".old"))

@@ -121,7 +121,7 @@ class Bar:
         self.sums: dict[str, Tensor] = {}
         self.shown: dict[str, float] = {}
         self.count, self.since_taken = 0, 0
-        self.begin = self.since = time.time()
+        self.begin = self.since = time.perf_counter()
         self.noted: Counter = Counter()
         self.skipped: set[str] = set()
 
@@ -146,21 +146,21 @@ class Bar:
         self.bar.update()
         self.since_taken += 1
         if done - self.start == 20 and self.world.is_main:
-            rest = (time.time() - self.begin) / 20 * (self.steps - done) / 60
+            rest = (time.perf_counter() - self.begin) / 20 * (self.steps - done) / 60
             self.bar.write(f"about {rest:.0f} minutes to go")
 
     def resume(self) -> None:
         """What came after the last `take`, such as a look, does not count in the speed."""
         if not self.since_taken:
-            self.since = time.time()
+            self.since = time.perf_counter()
 
     def take(self) -> dict[str, float]:
         """The means since the last call, averaged over the processes, and the speed."""
         means = torch.stack([total.float() / self.count for total in self.sums.values()])
         values = dict(zip(self.sums, self.world.mean(means).tolist()))
-        rate = self.since_taken * self.batch_size / (time.time() - self.since)
+        rate = self.since_taken * self.batch_size / (time.perf_counter() - self.since)
         values["images_per_second"] = rate
-        self.sums, self.count, self.since_taken, self.since = {}, 0, 0, time.time()
+        self.sums, self.count, self.since_taken, self.since = {}, 0, 0, time.perf_counter()
         self.show(**values)
         return values
 

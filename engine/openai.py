@@ -22,7 +22,6 @@ from dvae import DVAE, DVAEConfig
 from engine.checkpoint import save, set_aside
 from engine.cli import Parser, start
 from engine.run import REPLACES
-from engine.state import names
 
 RELEASED_CLASSES = (
     "dall_e.encoder.Encoder",
@@ -48,10 +47,6 @@ class Shell:
         return found
 
 
-def view_of(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
-    return storage.as_strided(size, stride, offset)
-
-
 # Every name that such a file may use, and what is called or built in its place.
 ALLOWED = dict.fromkeys(RELEASED_CLASSES, Shell) | {
     "__builtin__.set": set,
@@ -60,7 +55,7 @@ ALLOWED = dict.fromkeys(RELEASED_CLASSES, Shell) | {
     "torch.device": torch.device,
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
-    "torch._utils._rebuild_tensor_v2": view_of,
+    "torch._utils._rebuild_tensor_v2": lambda x, at, size, step, *_: x.as_strided(size, step, at),
     "torch._utils._rebuild_parameter": lambda data, *_: data,
 }
 
@@ -168,8 +163,7 @@ def main() -> None:
     if size < factor or size % factor:
         raise ValueError(f"--image-size {size} is not a multiple of {factor}")
     run_dir.mkdir(parents=True, exist_ok=True)
-    states = [file for stage in REPLACES for file in names(stage)]
-    set_aside(run_dir, *states, *REPLACES["dvae"])  # what belonged to another dVAE
+    set_aside(run_dir, *REPLACES["dvae"])  # what belonged to another dVAE
     about = {"config": asdict(dvae.config), "preset": "small", "data": "toy", "image_size": size}
     save(run_dir / "dvae.pt", {**about, "model": dvae.state_dict(), "step": 0})
     print(

@@ -111,7 +111,7 @@ class Run:
             checkpoint.check_holds(self.dir, *NEEDS[stage])
             self.dvae = checkpoint.load(self.dir / "dvae.pt")
             self.image_size = self.dvae.get("image_size")
-        states = [self.dir / name for name in state.names(stage)]
+        states = [self.dir / name for name in checkpoint.state_names(stage)]
         if args.resume and not self.world.share(lambda: any(path.exists() for path in states)):
             self.say(f"nothing to resume: {self.dir} holds no {stage}_state; starting afresh")
             args.resume = False
@@ -214,9 +214,7 @@ class Run:
             replaced = REPLACES[self.stage]
             if self.state:  # it goes on; of a dVAE that does, the tokens change
                 replaced = ("prior.pt",) if self.stage == "dvae" else ()
-            stages = [stage for stage in REPLACES if f"{stage}.pt" in replaced]
-            states = [name for stage in stages for name in state.names(stage)]
-            checkpoint.set_aside(self.dir, *states, *replaced)
+            checkpoint.set_aside(self.dir, *replaced)
         self.begun = True
         signal.signal(signal.SIGINT, self.ask)
         signal.signal(signal.SIGTERM, self.ask)
@@ -404,7 +402,7 @@ class Run:
         path = self.dir / "bpe.json"
         if self.world.is_main:
             if path.exists() and BPE.load(path).merges != bpe.merges:
-                checkpoint.set_aside(self.dir, *state.names("clip"), "clip.pt", "bpe.json")
+                checkpoint.set_aside(self.dir, "clip.pt", "bpe.json")
             bpe.save(path)
 
     def is_time(self) -> bool:

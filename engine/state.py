@@ -44,11 +44,6 @@ class State:
     tensors: dict | None
 
 
-def names(stage: str) -> list[str]:
-    """What a stage's state can be called, for a new run to set aside."""
-    return [f"{stage}_state{suffix}" for suffix in (".pt", "", ".previous")]
-
-
 def tensors_of(
     model: nn.Module,
     average: AveragedModel | None,

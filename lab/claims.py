@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
@@ -97,10 +98,6 @@ def sweep(betas: list[float], taus: list[float]) -> list[list[dict]]:
         options[run] += ["--min-usage", "0", "--tau-end", str(tau), "--seed", str(seed)]
     entries = train("train_dvae.py", options, STEPS)
     return [entries[k : k + len(SEEDS)] for k in range(0, len(entries), len(SEEDS))]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def over_seeds(axis, values: list[list[float]], color: str, name: str | None = None) -> None:

@@ -109,12 +109,6 @@ class Gallery:
 
 
 @torch.no_grad()
-def encoded(dvae, images: Tensor) -> Tensor:
-    """The tokens of images [n, 3, H, W]: long [n, h, w]."""
-    return torch.cat([dvae.encode(x) for x in images.split(BATCH)])
-
-
-@torch.no_grad()
 def decoded(dvae, tokens: Tensor) -> Tensor:
     """The images of tokens [n, h, w]: [n, 3, H, W]."""
     return torch.cat([dvae.decode(x) for x in tokens.split(BATCH)])
@@ -258,7 +252,7 @@ def main() -> None:
     print(f"{run_dir}, {args.folder}: {len(gallery.keys)} pictures")
     torch.manual_seed(0)
     whole = images_to(CPU, gallery.pixels[:, 0])
-    tokens = encoded(run.dvae, whole)
+    tokens = torch.cat([run.dvae.encode(x) for x in whole.split(BATCH)])
     through, with_flaws = decoded(run.dvae, tokens), decoded(run.dvae, flawed(tokens))
     judge = StyleJudge(run.dvae, tokens[~gallery.kept], gallery.styles[~gallery.kept])
     with torch.inference_mode():

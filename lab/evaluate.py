@@ -56,7 +56,7 @@ def evaluate(
     dvae, of_dvae = read("dvae.pt", DVAE, DVAEConfig)
     prior, of_prior = read("prior.pt", Transformer, TransformerConfig)
     clip, of_clip = read("clip.pt", CLIP, CLIPConfig)
-    bpe = BPE.load(run_dir / "bpe.json") if prior else None
+    bpe = BPE.load(run_dir / "bpe.json") if prior or clip else None
     size = of_dvae.get("image_size")
     if size is None or (spec or of_dvae.get("data")) is None:
         raise ValueError(f"{run_dir}/dvae.pt does not say its image size or data: give --data")
@@ -76,26 +76,25 @@ def evaluate(
     yield "dVAE", "codes in use", scores["codes"], f"of {dvae.config.vocab_size}"
     yield "dVAE", "the bound at β = 1 (Eq. 1)", scores["elb"], "nats per pixel value"
 
-    if prior is None:
-        return
-    pair = partial(train_prior.prepare, size=size, bpe=bpe, text_len=prior.config.text_len)
-    images, text = samples(of_prior, pair, captions=True)
-    tokens, of_pixels = train_prior.tokens_and_nats(dvae, images, CHUNK)
-    scores = train_prior.evaluate(prior, text, tokens, CHUNK)
-    joint = (scores["val_nats"] / images[0].numel() + of_pixels) / math.log(2)
-    yield "prior", f"text of {len(images)} pairs", scores["val_text_loss"], "nats per token"
-    yield "prior", "  its words", scores["val_real_text_loss"], "nats per token"
-    yield "prior", "  its pads", scores["val_pad_loss"], "nats per token"
-    yield "prior", "image", scores["val_image_loss"], "nats per token"
-    yield "prior", "pixels, image and text (Eq. 1)", joint, "bits per pixel value"
+    if prior is not None:
+        pair = partial(train_prior.prepare, size=size, bpe=bpe, text_len=prior.config.text_len)
+        images, text = samples(of_prior, pair, captions=True)
+        tokens, of_pixels = train_prior.tokens_and_nats(dvae, images, CHUNK)
+        scores = train_prior.evaluate(prior, text, tokens, CHUNK)
+        joint = (scores["val_nats"] / images[0].numel() + of_pixels) / math.log(2)
+        yield "prior", f"text of {len(images)} pairs", scores["val_text_loss"], "nats per token"
+        yield "prior", "  its words", scores["val_real_text_loss"], "nats per token"
+        yield "prior", "  its pads", scores["val_pad_loss"], "nats per token"
+        yield "prior", "image", scores["val_image_loss"], "nats per token"
+        yield "prior", "pixels, image and text (Eq. 1)", joint, "bits per pixel value"
 
-    if clip is None:
-        return
-    pair = partial(train_clip.prepare, size=size, bpe=bpe, text_len=clip.config.text_len)
-    scores, _ = train_clip.evaluate(clip, *samples(of_clip, pair, captions=True), CHUNK)
-    yield "CLIP", f"loss among {len(images)} pairs", scores["val_loss"], "nats"
-    yield "CLIP", "captions found", 100 * scores["val_captions_found"], "%"
-    yield "CLIP", "pictures found", 100 * scores["val_pictures_found"], "%"
+    if clip is not None:
+        pair = partial(train_clip.prepare, size=size, bpe=bpe, text_len=clip.config.text_len)
+        images, text = samples(of_clip, pair, captions=True)
+        scores, _ = train_clip.evaluate(clip, images, text, CHUNK)
+        yield "CLIP", f"loss among {len(images)} pairs", scores["val_loss"], "nats"
+        yield "CLIP", "captions found", 100 * scores["val_captions_found"], "%"
+        yield "CLIP", "pictures found", 100 * scores["val_pictures_found"], "%"
 
 
 def main() -> None:

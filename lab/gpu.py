@@ -118,6 +118,7 @@ def train(config: TransformerConfig, world: World, sharded: bool) -> list[float]
         mesh = init_device_mesh(world.device.type, (1, world.size), mesh_dim_names=names)
         shard(model, mesh, world.device)
         fill(model, weights)
+    fast.use_blocks(model)
     loss_of, losses = Loss(model.to(world.device)), []
     adamw = AdamW(model.parameters(), 1e-3, (0.9, 0.96), 1e-8, 0.045)
     for _ in range(UPDATES):

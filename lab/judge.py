@@ -11,8 +11,8 @@ caption (3.3): what the dVAE makes of renders, and one sample for each of many o
     python -m lab.judge --candidates 64        # also the best of N by clip.pt: a table, rerank.png
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,10 @@ CPU = torch.device("cpu")
 
 def single_objects(split: str, first: int) -> Iterator[tuple[int, Scene]]:
     """The one-object scenes of a split from index `first` on, endlessly, with their indices."""
-    index = first
-    while True:
+    for index in itertools.count(first):
         scene = toy_scene(index, split)
         if len(scene.things) == 1:
             yield index, scene
-        index += 1
 
 
 def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
@@ -56,12 +54,10 @@ def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 def renders(first: int) -> Iterator[tuple[Tensor, Scene]]:
     """Endless (float [3, H, W] without sensor noise, the scene it shows)."""
     scenes = {split: single_objects(split, first) for split in ("train", "unseen")}
-    k = 0
-    while True:  # an eighth of the pairs are unseen ones, and so is an eighth of these scenes
+    for k in itertools.count():  # of the pairs an eighth are unseen, and so are of these scenes
         _, scene = next(scenes["unseen" if k % 8 == 0 else "train"])
         pixels = torch.from_numpy(render(scene, SIZE)).permute(2, 0, 1).float() / 255
         yield pixels, scene
-        k += 1
 
 
 def blur(x: Tensor, sigma: float, half: int = 2) -> Tensor:
@@ -96,7 +92,7 @@ def right(judge: Judge, images: Tensor, colors: Tensor, shapes: Tensor) -> tuple
 
 
 def batch_of(source: Iterator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    pixels, scenes = zip(*islice(source, count))
+    pixels, scenes = zip(*itertools.islice(source, count))
     return torch.stack(pixels), *labels_of(scenes)
 
 
@@ -164,7 +160,7 @@ def judge_dvae(judge: Judge, dvae, split: str) -> tuple[float, float, int]:
 
 def prompts_of(split: str, count: int) -> tuple[list[str], Tensor, Tensor]:
     """Captions of `count` one-object scenes, and the colours and shapes [count] they name."""
-    scenes = [scene for _, scene in islice(single_objects(split, 0), count)]
+    scenes = [scene for _, scene in itertools.islice(single_objects(split, 0), count)]
     return [scene.caption for scene in scenes], *labels_of(scenes)
 
 

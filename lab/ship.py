@@ -34,6 +34,8 @@ def main() -> None:
     for name in (*WEIGHTS, "bpe.json", "log.jsonl"):
         if not (args.run / name).is_file():
             raise ValueError(f"{args.run} holds no {name}: expected a run of all three stages")
+    if args.out.resolve() == args.run.resolve():
+        raise ValueError(f"{args.out} is the run itself, which would be left in 16 bits")
     states = {name: checkpoint.load(args.run / name) for name in WEIGHTS}
     states = {name: s | {"model": in_16_bits(s["model"])} for name, s in states.items()}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ stream for every row and masks what a position may not see; here
 - the text of a prompt is read and kept once for all of its candidates;
 - a layer keeps as many image positions as its mask reaches back, in a ring, and reads of them
   those that the mask allows;
-- on a CPU, large matrices are laid out once for all steps;
+- on a CPU, matrices are laid out once for all steps;
 - on CUDA, a step is one captured graph, and Python is not waited for.
 """
 
@@ -246,12 +246,13 @@ def attend(block: Attention, x: Tensor, k: Tensor, cache: Cache) -> Tensor:
 
 @contextmanager
 def packed_linears(model: Transformer, rows: int) -> Iterator[None]:
-    """Within it, large matrices on a CPU lie as oneDNN wants them for products with so many rows:
-    a few rows are not enough to pay for laying them out each time."""
+    """Within it, matrices on a CPU lie as oneDNN wants them for products with so many rows: they
+    are laid out once, for all steps."""
     linears = []
     if torch.backends.mkldnn.is_available():
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        linears = [m for m in linears if rows * m.weight.numel() >= 2**21]  # smaller ones gain none
+        # small ones gain with many rows only
+        linears = [m for m in linears if m.weight.numel() >= 2**18 or rows >= 64]
         linears = [m for m in linears if "forward" not in vars(m)]
         linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
     try:

@@ -32,11 +32,6 @@ from torch import Tensor, nn
 from scale.parallel import local
 
 
-def filtered(grad: Tensor) -> Tensor:
-    """Inf and NaN become zero."""
-    return torch.where(grad.isfinite(), grad, 0)
-
-
 class AtOutput(torch.autograd.Function):
     """Forward: to 32 bits, for the identity path. Backward: times the scale, to 16 bits."""
 
@@ -51,7 +46,7 @@ class AtOutput(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         # Our reading, filtered first: what overflows by the scale itself must reach the parameters'
         # gradients, so that the scale falls; only what came in broken is dropped here.
-        return (filtered(grad) * scale).to(ctx.dtype), None
+        return (grad.nan_to_num(0, 0, 0) * scale).to(ctx.dtype), None
 
 
 class AtInput(torch.autograd.Function):
@@ -66,7 +61,7 @@ class AtInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
-        return filtered(grad.float() / scale), None
+        return (grad.float() / scale).nan_to_num(0, 0, 0), None
 
 
 class BiasGradient(torch.autograd.Function):
@@ -112,14 +107,8 @@ class GradientScales:
         self.divided_at = torch.full((len(self.blocks),), -125, device=device)
         sum_bias_gradients_in_32_bits(self.blocks)
         for i, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(self.enter(i))
-            block.register_forward_hook(self.leave(i))
-
-    def enter(self, i: int):
-        return lambda block, args: (AtInput.apply(args[0], self.scales[i]), *args[1:])
-
-    def leave(self, i: int):
-        return lambda block, args, y: AtOutput.apply(y, self.scales[i])
+            block.register_forward_pre_hook(lambda _, x, i=i: AtInput.apply(*x, self.scales[i]))
+            block.register_forward_hook(lambda _, __, y, i=i: AtOutput.apply(y, self.scales[i]))
 
     @torch.no_grad()
     def finish(self, step: int) -> bool:
