@@ -94,6 +94,9 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     assert {"PSNR of 7 pictures", "text of 7 pairs", "loss among 7 pairs"} < set(figures)
     figures = [what for _, what, *_ in lab.evaluate.evaluate(run_dir, f"{tmp_path}/b/../photos/")]
     assert "PSNR of 7 pictures" in figures  # the same data by another name
+    (run_dir / "prior.pt").rename(run_dir / "away.pt")
+    assert {model for model, *_ in lab.evaluate.evaluate(run_dir)} == {"dVAE", "CLIP"}
+    (run_dir / "away.pt").rename(run_dir / "prior.pt")
 
     # another BPE, as of weights to fine-tune: the reranker that read the first is set aside
     stage(train_prior, "--steps", 2)
