@@ -1,7 +1,7 @@
 """
 Stage one: train the dVAE on images (2.1, A.2).
 
-    python train_dvae.py --tiny                     # the toy world, a quarter of an hour on a CPU
+    python train_dvae.py --tiny                     # the toy world, 7 to 24 minutes on a CPU
     python train_dvae.py --tiny --data my_photos    # a folder of images
 
 Writes into --run-dir (default runs/<preset>): dvae.pt, the averaged weights; dvae_state.pt, all
@@ -40,7 +40,7 @@ class DVAETraining:
 
     image_size: int = 256  # pixels along each side (A.2)
     batch_size: int = 512  # images in an update, of all processes: 64 GPUs × 8 (A.2)
-    steps: int = 3_000_000  # updates; given, it stretches the schedules that are not (A.2)
+    steps: int = 3_000_000  # updates (A.2); given, the schedules that are not given stretch with it
     lr: float = 1e-4  # step size at the start of its half cosine (A.2)
     lr_end: float = 1.25e-6  # step size at its end, and from there on (A.2)
     lr_steps: int = 1_200_000  # updates of that half cosine (A.2)

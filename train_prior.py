@@ -46,7 +46,7 @@ class PriorTraining:
     """
 
     batch_size: int = 1024  # pairs in an update, of all processes (B.2)
-    steps: int = 430_000  # updates; given, it stretches the schedules that are not (B.2)
+    steps: int = 430_000  # updates (B.2); given, the schedules that are not given stretch with it
     lr: float = 4.5e-4  # step size after the warm-up (B.2)
     warmup_steps: int = 5000  # updates in which the step size grows from 0 (B.2)
     plateau_steps: int = 5000  # updates whose mean loss is compared with the best; our reading
@@ -170,10 +170,14 @@ def evaluate(model: Transformer, text: Tensor, image: Tensor, chunk: int) -> dic
         of_image.append(F.cross_entropy(image_logits.mT, images, reduction="none"))
     of_text, of_image = torch.cat(of_text), torch.cat(of_image)
     is_pad = text[:, 1:] >= model.config.text_vocab
+
+    def mean(nats: Tensor) -> float:  # 0 of none, as where no caption leaves a pad
+        return nats.sum().item() / max(1, nats.numel())
+
     return {
-        "val_text_loss": of_text.mean().item(),
-        "val_real_text_loss": of_text[~is_pad].mean().item(),
-        "val_pad_loss": of_text[is_pad].mean().item(),
+        "val_text_loss": mean(of_text),
+        "val_real_text_loss": mean(of_text[~is_pad]),
+        "val_pad_loss": mean(of_text[is_pad]),
         "val_image_loss": of_image.mean().item(),
         "val_nats": (of_text.sum() + of_image.sum()).item() / len(text),
     }

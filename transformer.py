@@ -176,7 +176,7 @@ def sample_token(
     logits: Tensor, u: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
     """logits [B, V], u [B, 1] -> tokens [B], where the cumulative distribution passes u."""
-    if temperature == 0:
+    if temperature < 1e-38:  # what float32 cannot divide by
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no infinity − infinity
     if top_k is not None:

@@ -108,7 +108,7 @@ def trainer_parser(description: str, presets: dict, *configs: type, shards: bool
     add("--data", metavar="SPEC", help="toy (default), a folder of images, a table "
         "(.tsv .csv .jsonl), or tars such as 'shards/{000..031}.tar'")  # fmt: skip
     add("--filters", action=argparse.BooleanOptionalAction,
-        help="drop captions and shapes as the paper does (C)")  # fmt: skip
+        help="drop captions and aspect ratios as the paper does (C)")  # fmt: skip
     add("--val", metavar="SPEC", help="default: a fixed share is held out")
     add("--run-dir", metavar="DIR", type=Path, help="where everything is; default: the newest run, "
         "or for a new one runs/PRESET")  # fmt: skip

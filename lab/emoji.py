@@ -193,7 +193,7 @@ def measure_prompts(
     asked = random.Random(derive(seed, part)).sample(known, min(count, len(known)))
     style, place, scores, best = [], [], [], []
     captions = [gallery.captions[k] for k in asked]
-    for k, (images, score) in zip(asked, draw_candidates(run, captions, candidates, seed)):
+    for (images, score), k in zip(draw_candidates(run, captions, candidates, seed), asked):
         style.append(judge(images) == gallery.styles[k])
         place.append(gallery.places(images, torch.full((candidates,), k)))
         scores.append(score)

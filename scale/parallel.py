@@ -3,9 +3,9 @@ One model on many GPUs (2.5, Fig. 5).
 
 Small models are replicated: every GPU holds all of the model, and the gradients are averaged
 while the backward pass runs (DDP). Large ones are sharded among the GPUs of a machine (FSDP2): a
-resblock's parameters are gathered just before they are used and dropped after it, its gradients
-are reduced to the shards, and the machines average the gradients of their shards, as they are or
-by PowerSGD (see powersgd.py).
+resblock's parameters are gathered while the one before it computes and dropped after use, its
+gradients are reduced to the shards, and the machines average the gradients of their shards, as they
+are or by PowerSGD (see powersgd.py).
 
     machine 1   [ shard 1 | shard 2 | … | shard m ]
     machine 2   [ shard 1 | shard 2 | … | shard m ]     average down each column
