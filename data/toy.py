@@ -177,6 +177,7 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: float) -> None:
 
 @lru_cache
 def empty_canvas(backdrop: tuple[int, int, int], side: int) -> Image.Image:
+    """The backdrop alone, of side × side pixels. The same image each time: to be copied."""
     corners = [shade(backdrop, k) for k in (1.08, 1.0, 0.88, 0.8)]
     gradient = Image.new("RGB", (2, 2))
     gradient.putdata(corners)

@@ -193,22 +193,16 @@ def draw_candidates(
     bpe, dvae, prior, clip, _ = run
     grid = prior.config.grid
     together = max(1, 256 // candidates)  # captions drawn at once
-    bar = tqdm(total=len(captions), desc="candidates")
-    for first in range(0, len(captions), together):
+    for first in tqdm(range(0, len(captions), together), desc="candidates"):
         some = captions[first : first + together]
         text = torch.stack([encode_prompt(caption, bpe, prior) for caption in some])
-        uniforms = [
-            uniforms_of(derive(seed, "prompt", first + k), range(candidates), grid**2)
-            for k in range(len(some))
-        ]
-        text = text.repeat_interleave(candidates, dim=0)
-        tokens = fast.generate(prior, text, uniforms=torch.cat(uniforms))
+        seeds = [derive(seed, "prompt", first + k) for k in range(len(some))]
+        uniforms = torch.cat([uniforms_of(s, range(candidates), grid**2) for s in seeds])
+        tokens = fast.generate(prior, text.repeat_interleave(candidates, 0), uniforms=uniforms)
         for caption, of_one in zip(some, tokens.split(candidates)):
             images = dvae.decode(of_one.view(-1, grid, grid))
             embedding = clip.encode_text(clip.pad(bpe.encode(caption))[None])
             yield images, (clip.encode_image(images) @ embedding.T)[:, 0]
-            bar.update()
-    bar.close()
 
 
 def judge_candidates(

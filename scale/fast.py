@@ -251,18 +251,20 @@ def packed_linears(model: Transformer, rows: int) -> Iterator[None]:
     linears = []
     if torch.backends.mkldnn.is_available():
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
         # small ones gain with many rows only
         linears = [m for m in linears if m.weight.numel() >= 2**18 or rows >= 64]
-        linears = [m for m in linears if "forward" not in vars(m)]
-        linears = [m for m in linears if m.weight.is_cpu and m.weight.dtype == torch.float32]
+    before = [vars(linear).get("forward") for linear in linears]  # a convolution, in training
     try:
         for linear in linears:
             packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, rows)
             linear.forward = partial(packed_product, packed, linear.bias)
         yield
     finally:
-        for linear in linears:
+        for linear, forward in zip(linears, before):
             vars(linear).pop("forward", None)
+            if forward:
+                linear.forward = forward
 
 
 def packed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from bpe import BPE
 from clip import CLIP, CLIPConfig
 from data.files import middle_square
 from data.listings import area_resize
-from data.loader import words_of
+from data.loader import derive, words_of
 from data.toy import toy_scene, toy_world
 from dvae import DVAE, DVAEConfig
 from engine import checkpoint
@@ -32,6 +32,7 @@ from lab import describe as describing
 from lab import judge
 from lab.describe import describe
 from sample import draw
+from scale import fast
 from transformer import Transformer, TransformerConfig, pad_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -495,6 +496,22 @@ def test_what_the_judge_refuses():
         with pytest.raises(ValueError, match="--prompts is"):
             judge.open_run(sample.SHIPPED, prompts, candidates)
     assert judge.open_run(sample.SHIPPED, 1, None)
+
+
+def test_candidates_drawn_together_are_those_of_each_caption():
+    """Two at once, and one that is left, against each alone."""
+    run, captions = checkpoint.load_run(sample.SHIPPED), ["a red cube", "a blue cone", "a red cube"]
+    drawn = list(judge.draw_candidates(run, captions, 128, seed=3))
+    assert len(drawn) == 3
+    for k, (images, scores) in enumerate(drawn):
+        text = sample.encode_prompt(captions[k], run.bpe, run.prior).expand(128, -1)
+        u = sample.uniforms_of(derive(3, "prompt", k), range(128), 64)
+        tokens = fast.generate(run.prior, text, uniforms=u).view(-1, 8, 8)
+        alone = run.dvae.decode(tokens)
+        same = (images - alone).abs().amax((1, 2, 3)) < 1e-4
+        assert same.float().mean() > 0.95  # sums in another order may turn a draw at its edge
+        assert scores.shape == (128,)
+    assert not torch.equal(drawn[0][0], drawn[2][0])
 
 
 def test_best_of_n():

@@ -24,6 +24,7 @@ from engine.log import Log, beside_shipped
 from engine.run import moving_average
 from scale.parallel import World
 from train_dvae import cosine
+from transformer import Transformer, TransformerConfig, pad_text
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -292,3 +293,12 @@ def test_few_codes_are_said_once_and_weigh_the_kl_term_more(tmp_path, monkeypatc
     assert code == 0 and out.count("only 3 of 256 codes are in use") == 1
     assert "begin again with twice the --kl-weight" in out
     assert last(tmp_path, "dvae", "kl_weight") == 4 * train_dvae.PRESETS["tiny"]["kl_weight"]
+
+
+def test_held_out_captions_that_leave_no_pad():
+    sizes = dict(n_layer=1, n_head=1, d_head=8, text_len=4, grid=2, text_vocab=9, image_vocab=5)
+    model, image = Transformer(TransformerConfig(**sizes)), torch.zeros(2, 4, dtype=torch.long)
+    text = torch.stack([pad_text(ids, 4, 9) for ids in ([1, 2, 3], [4, 5, 6])])
+    scores = train_prior.evaluate(model, text, image, 2)
+    assert scores["val_pad_loss"] == 0 and all(map(math.isfinite, scores.values()))
+    assert scores["val_real_text_loss"] == scores["val_text_loss"] > 0

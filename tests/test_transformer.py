@@ -4,6 +4,7 @@ against transformer.py."""
 import copy
 import math
 from functools import partial
+from types import MethodType
 from unittest import mock
 
 import pytest
@@ -583,16 +584,18 @@ def test_draws_invert_the_distribution_at_its_edges():
     assert counts.tolist() == [0, 2000, 6000, 0]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+@pytest.mark.parametrize("rows", [1, 2, 8, 40, 64])
 def test_packed_linears_are_the_same_linears_and_only_while_drawing(rows):
     torch.manual_seed(rows)
     c = small(n_layer=1, n_head=1, d_head=256)
     model = Transformer(c)
     large, x = model.blocks[1].up, torch.randn(rows, 256)
     with torch.inference_mode(), fast.packed_linears(model, rows):
-        assert ("forward" in vars(large)) == torch.backends.mkldnn.is_available()
+        available = torch.backends.mkldnn.is_available()
+        assert ("forward" in vars(large)) == available
         torch.testing.assert_close(large(x), F.linear(x, large.weight, large.bias))
-        assert "forward" not in vars(model.image_head)  # too small to gain
+        # so small a one gains with many rows only
+        assert ("forward" in vars(model.image_head)) == (rows == 64 and available)
 
     def stop(k, tokens):
         raise KeyboardInterrupt
@@ -600,6 +603,10 @@ def test_packed_linears_are_the_same_linears_and_only_while_drawing(rows):
     with pytest.raises(KeyboardInterrupt):
         fast.generate(model, batch(c, 2)[0], progress=stop)
     assert not any("forward" in vars(module) for module in model.modules())
+    large.forward = as_trained = MethodType(fast.linear_as_convolution, large)
+    with torch.inference_mode(), fast.packed_linears(model, rows):
+        assert (large.forward is not as_trained) == available
+    assert large.forward is as_trained
 
 
 @pytest.mark.parametrize("generate", [Transformer.generate, fast.generate])
