@@ -139,7 +139,7 @@ def contrastive_loss(
     image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, scale: Tensor, first: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The mean of two cross-entropies in nats: each picture chooses its caption among all of them,
-    each caption its picture; and how many of the pictures choose right (CLIP, Fig. 3).
+    each caption its picture; and the share of pictures that choose right (CLIP, Fig. 3).
 
     image and text [B, d_embed] are the rows first .. first + B - 1 of all_image and all_text
     [M, d_embed], all of them normalised.

@@ -261,7 +261,7 @@ class DVAE(nn.Module):
         x = map_pixels(images)
         logits = self.encoder(x)  # [B, K, h, w]
         noisy = logits + gumbel_noise(logits)
-        if tau is None:  # the largest of them is distributed as q
+        if tau is None:  # Gumbel-max: the argmax is a draw from q
             z = self.one_hot(noisy.argmax(1))
         else:  # relaxed in forward and backward alike
             z = F.softmax(noisy / tau, dim=1)
@@ -276,7 +276,7 @@ class DVAE(nn.Module):
         """The negative relaxed bound, its KL term weighted by beta = kl_weight (2.1, A.2).
 
         The metrics are detached scalars: loss, recon and kl in nats per pixel value, and psnr in
-        dB of the relaxed reconstruction.
+        dB of the relaxed reconstruction, by the squared error of all images.
         """
         recon, kl, mu = self.terms(images, tau)
         loss = recon + kl_weight * kl
@@ -295,7 +295,8 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def distortion(self, images: Tensor) -> Tensor:
         """-ln p(x | z) for images and their own tokens, in nats for each 8-bit value, a scalar: of
-        the density times the width of a value's step, (1 − 2ε) / 255 behind phi."""
+        the density times the width of a value's step, (1 − 2ε) / 255 behind phi. That is about
+        their probability, too large where b is near that width."""
         mu, ln_b = self.distribution(self.one_hot(self.encode(images)))
         nats = -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
         return nats - math.log((1 - 2 * EPS) / 255)

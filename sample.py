@@ -103,11 +103,12 @@ def draw(
     image, keep_rows: the picture to continue, and how many rows of its tokens are kept (3.3, G).
     batch_size: candidates drawn at once. dtype: of the prior's resblocks; 16 bits pay on GPUs only.
 
-    The images' .info holds prompt, candidate, score (the cosine, or None), options: with these
-    draw(**options) draws the same again; and where a picture is continued, `continues`: it, and
-    what is kept of it. ValueError, before anything is drawn, for prompts that the model cannot
-    read, files that are not there, numbers out of range. A warning names words that were in none of
-    the captions which trained the BPE. Ctrl-C raises KeyboardInterrupt(the images as far as drawn).
+    Each image's .info holds its prompt, candidate and score (the cosine, or None), and options:
+    draw(**options) draws the same again. Where a picture is continued, `continues` is that picture
+    and what is kept of it. ValueError, before anything is drawn, for prompts that the model cannot
+    read, files that are not there, numbers out of range. A warning names words that are not among
+    the 100,000 most frequent of the training captions. Ctrl-C raises KeyboardInterrupt(the images
+    as far as drawn).
     """
     options = {k: v for k, v in locals().items() if k not in ("watch", "device")}
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -279,9 +280,9 @@ def parse(argv: list[str] | None = None) -> dict:
 
 
 def page(images: list[Image.Image], each: int, prompts: int, captioned: bool) -> Image.Image:
-    """`each` pictures of each prompt on a sheet, a row for a prompt, which begins with what it
-    continues; or a near-square, where there is one prompt, or one picture of each, or rows would
-    be more or longer than WebP has room for."""
+    """`each` pictures of each prompt on a sheet, a row for a prompt, first the picture that it
+    continues. A near-square where nothing is continued and there is one prompt or one picture of
+    each, and where a side would be above 32 pictures, for which WebP has no room."""
     before = images[0].info.get("continues", [])
     rows = [before + images[k : k + each] for k in range(0, len(images), each)]
     cells, captions = sum(rows, []), []

@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -61,8 +60,9 @@ PRESETS = {
 
 
 def prepare(img, captions, rng, notes, size: int, bpe: BPE, text_len: int) -> list[Tensor]:
-    """Listing 2 and one of the captions: uint8 [size, size, 3], long [text_len]."""
-    pixels = torch.from_numpy(np.array(preprocess_prior(img, size, rng)))
+    """DALL·E's Listing 2, not CLIP's crops, and one of the captions: uint8 [size, size, 3], long
+    [text_len]."""
+    pixels = torch.from_numpy(preprocess_prior(img, size, rng))
     ids = bpe.encode(rng.choice(captions))
     if len(ids) > text_len - 1:
         notes.append("cut")
@@ -81,7 +81,8 @@ def evaluate(model: CLIP, images: Tensor, text: Tensor, chunk: int) -> tuple[dic
     """Of M held-out pairs: the loss over all of them in nats; how often the nearest of the M
     captions is the picture's own, and the other way around; and the cosines [M, M].
 
-    Captions of the same words count as one: each of them is right for the pictures of them all.
+    In the shares, not in the loss, captions of the same words count as one, right for the pictures
+    of them all.
     """
     image = torch.cat([model.encode_image(x) for x in images.split(chunk)])
     caption = torch.cat([model.encode_text(x) for x in text.split(chunk)])

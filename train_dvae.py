@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,7 +39,7 @@ class DVAETraining:
 
     image_size: int = 256  # pixels along each side (A.2)
     batch_size: int = 512  # images in an update, of all processes: 64 GPUs × 8 (A.2)
-    steps: int = 3_000_000  # updates (A.2); given, the schedules that are not given stretch with it
+    steps: int = 3_000_000  # updates (A.2); if set, the schedules that are not set stretch with it
     lr: float = 1e-4  # step size at the start of its half cosine (A.2)
     lr_end: float = 1.25e-6  # step size at its end, and from there on (A.2)
     lr_steps: int = 1_200_000  # updates of that half cosine (A.2)
@@ -49,10 +48,10 @@ class DVAETraining:
     beta2: float = 0.999  # of AdamW's running variance (A.2)
     eps: float = 1e-8  # AdamW's ε (A.2)
     weight_decay: float = 1e-4  # AdamW's (A.2)
-    ema: float = 0.999  # decay of the averaged weights, at every update (A.2)
+    ema: float = 0.999  # decay of the averaged weights, at every update, less at first (A.2)
     kl_weight: float = 6.6  # β, to which the KL term's weight grows from 0 (A.2)
     kl_steps: int = 5000  # updates in which it grows; 0: as large from the start (A.2)
-    min_usage: float = 0.0  # share of the codes; while fewer are in use β is × 4; not the paper's
+    min_usage: float = 0.0  # while this share of codes is not in use, β is × 4; not the paper's
     tau_start: float = 1.0  # τ of the relaxation at the start (A.2)
     tau_end: float = 1 / 16  # τ at the end, where relaxed and true bound meet (2.1, A.2)
     tau_steps: int = 150_000  # updates from one τ to the other (A.2)
@@ -94,7 +93,7 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
 def prepare(img, captions, rng, notes, size: int) -> list[Tensor]:
     """Listing 1: uint8 [size, size, 3]. Called for each sample by data.loader.Samples; captions
     and notes are for stage two."""
-    return [torch.from_numpy(np.array(preprocess_dvae(img, size, rng)))]
+    return [torch.from_numpy(preprocess_dvae(img, size, rng))]
 
 
 @torch.no_grad()
@@ -141,6 +140,7 @@ def main() -> None:
         model = run.begin(DVAE, config, hp)
         fast.upsample_late(model.decoder)
         ema = run.average(model, hp.ema)
+        # Weight decay on everything: our reading, for the paper exempts nothing.
         adamw = AdamW(
             model.parameters(), hp.lr, (hp.beta1, hp.beta2), hp.eps, hp.weight_decay, fused=True
         )
@@ -161,7 +161,7 @@ def main() -> None:
             for (images,) in run.passes(batches):
                 run.backward(run.loss(model, images, tau, kl_weight))  # the relaxed bound (2.1)
             run.update(adamw, lr, kl_weight=kl_weight, tau=tau)
-            ema.update_parameters(model)  # 0.999 (A.2)
+            ema.update_parameters(model)  # 0.999 (A.2), less at first: see engine/run.py
             in_use.end_update(step, hp.batch_size, run.world)
 
             if run.due():

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,7 +45,7 @@ class PriorTraining:
     """
 
     batch_size: int = 1024  # pairs in an update, of all processes (B.2)
-    steps: int = 430_000  # updates (B.2); given, the schedules that are not given stretch with it
+    steps: int = 430_000  # updates (B.2); if set, the schedules that are not set stretch with it
     lr: float = 4.5e-4  # step size after the warm-up (B.2)
     warmup_steps: int = 5000  # updates in which the step size grows from 0 (B.2)
     plateau_steps: int = 5000  # updates whose mean loss is compared with the best; our reading
@@ -58,10 +57,10 @@ class PriorTraining:
     weight_decay: float = 4.5e-2  # AdamW's (B.2)
     clip: float = 4.0  # largest norm of the gradient, with PowerSGD the decompressed one (B.2, E)
     variance_clip: float = 5.0  # most that Adam's running variance may be (B.2)
-    ema: float = 0.99  # decay of the averaged weights (B.2)
+    ema: float = 0.99  # decay of the averaged weights, less at first (B.2)
     ema_every: int = 25  # updates from one averaging to the next (B.2)
     bpe_dropout: float = 0.1  # probability that a merge is left out (2.2, B.2)
-    bpe_captions: int = 1_000_000  # samples whose captions train the BPE; not given
+    bpe_captions: int = 1_000_000  # first samples, whose captions train the BPE; our choice
     caption_dropout: float = 0.0  # share of captions left empty, for guidance; not the paper's
     log_every: int = 50  # updates from one entry of log.jsonl to the next
     eval_every: int = 500  # updates from one checkpoint and look at held-out pairs to the next
@@ -114,7 +113,7 @@ def prepare(
     img, captions, rng, notes, size: int, bpe: BPE, text_len: int, dropout=0.0, caption_dropout=0.0
 ) -> list[Tensor]:
     """Listing 2 and one of the captions: uint8 [size, size, 3], long [text_len]."""
-    pixels = torch.from_numpy(np.array(preprocess_prior(img, size, rng)))
+    pixels = torch.from_numpy(preprocess_prior(img, size, rng))
     ids = bpe.encode(rng.choice(captions), dropout, rng)
     if caption_dropout and rng.random() < caption_dropout:
         ids = []
@@ -153,7 +152,7 @@ def find_bpe(run: Run, args: argparse.Namespace, vocab_size: int, captions: Iter
 
 @torch.no_grad()
 def tokens_and_nats(dvae: DVAE, images: Tensor, chunk: int) -> tuple[Tensor, float]:
-    """Of images [M, 3, H, W] the tokens [M, N], and −ln p(x | z) in nats per pixel value, mean."""
+    """Of images [M, 3, H, W] the tokens [M, N], and −ln p(x | z) in nats per 8-bit value, mean."""
     chunks = images.split(chunk)
     tokens = torch.cat([dvae.encode(x).flatten(1) for x in chunks])
     return tokens, sum(dvae.distortion(x).item() * len(x) for x in chunks) / len(images)
@@ -198,7 +197,7 @@ def main() -> None:
     parser = trainer_parser(
         "Stage two: train the prior.", PRESETS, TransformerConfig, PriorTraining, shards=True
     )
-    tokens_help = "of pictures; default argmax; samples regularise a model too large for its data"
+    tokens_help = "from q: default argmax; samples regularise a model too large for its data"
     parser.add_argument(
         "--tokens", choices=("argmax", "sample"), help=f"{tokens_help} (footnote 6)"
     )
@@ -256,14 +255,16 @@ def main() -> None:
                 run.backward(run.loss(model, text, tokens))  # 1/8 text + 7/8 image (2.2)
             loss = run.update(adamw, lr, clip=hp.clip)  # to 4, which only the warm-up exceeds (B.2)
             halving.see(loss, step + 1, hp)
-            # 0.99 every 25 updates (B.2), from the first on
+            # 0.99 every 25 updates (B.2), less at first: see moving_average in engine/run.py; by
+            # the step's number, whether it was skipped or not: our reading
             if (step + 1) % hp.ema_every == 0 or step == 0:
                 ema.update_parameters(model)
 
             if run.due():
                 run.save()
                 scores = evaluate(ema.module, val_text, val_tokens, run.micro_batch)
-                # ≥ −ln p(x, y) (Eq. 1): nats of text and tokens, and of pixels given tokens
+                # −ln p(x, y) is at most (Eq. 1) the nats of text and tokens and of pixels given
+                # tokens, as far as density times width is the probability of an 8-bit value
                 nats = scores.pop("val_nats") / val_images[0].numel() + of_pixels
                 run.report(scores | {"val_joint_bits": nats / math.log(2)})
                 if not run.mesh:

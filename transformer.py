@@ -9,8 +9,8 @@ positions, each of which predicts one token from what came before it (Fig. 10):
                  of text                       of image
     predicts       y_1     y_2    …      –       z_1       z_2     …     z_N
 
-Text attends to itself and the text before it. Image positions attend to all of the text and, by the
-kind of the layer, to the row, the column or the neighbourhood before them (Fig. 11).
+A text position attends to itself and the text before it. Image positions attend to all of the text
+and, by the kind of the layer, to the row, the column or the neighbourhood before them (Fig. 11).
 
 Not here: training at scale (2.4, 2.5), which wraps around the resblocks from outside, the paper's
 block-sparse GPU kernels, and a quicker `generate`, which is in scale/fast.py.
@@ -64,7 +64,7 @@ def layer_kind(i: int, n_layer: int) -> str:
     return "column" if (i - 2) % 4 == 0 else "row"
 
 
-# Cached and not a buffer: of a model built on `meta` it would have to be filled in afterwards.
+# Cached and not a buffer, which would be empty in a model that was built on `meta`.
 @lru_cache
 @torch.inference_mode(False)
 def attention_mask(

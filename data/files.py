@@ -22,12 +22,9 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from threading import get_ident
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -155,8 +152,9 @@ BOILERPLATE = re.compile(
 
 def caption_fault(caption: str) -> str | None:
     """Why the filters of Appendix C drop a caption. The paper names the reasons, these rules are
-    our reading. In place of a classifier of languages, most letters have to be ASCII ones. A
-    caption consists primarily of boilerplate where too little or less than half is left of it."""
+    our reading. In place of cld3, which tells languages apart, half of the letters have to be
+    ASCII ones. A caption consists primarily of boilerplate where too little or less than half is
+    left of it."""
     letters = [c for c in caption if c.isalpha()]
     if sum(c.isascii() for c in letters) < len(letters) / 2:
         return "caption not English"
@@ -458,9 +456,9 @@ class Tars(Pictures):
         return self.shards[self.places[k, 0]] / self.files[k]
 
     def read(self, k: int, start: int, size: int) -> bytes:
-        shard = open_shard(self.shards[self.places[k, 0]], os.getpid(), get_ident())
-        shard.seek(start)
-        data = shard.read(size)
+        with open(self.shards[self.places[k, 0]], "rb") as shard:
+            shard.seek(start)
+            data = shard.read(size)
         if len(data) < size:
             raise ValueError("the tar ends before it; was it changed?")
         return data
@@ -555,13 +553,6 @@ def index_tar(path: Path) -> tuple[dict[str, dict[str, tuple[str, int, int]]], i
     except Exception as error:  # whatever a damaged file makes tarfile raise
         raise ValueError(f"{path} is not a whole .tar file ({printable(error)})") from error
     return samples, odd
-
-
-@lru_cache(maxsize=64)
-def open_shard(path: Path, process: int, thread: int) -> BinaryIO:
-    """Each process and thread has a handle of its own: where to read next is a handle's state, and
-    after a fork both sides would move it. It is closed when the last reference to it goes."""
-    return open(path, "rb")
 
 
 # ---- data sets by name ---------------------------------------------------------------------------

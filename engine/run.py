@@ -485,14 +485,14 @@ class Run:
             return shut_down(self.world)
         if not self.begun or isinstance(error, Stop):
             return None
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        # what the CPU's allocator says, and what oneDNN does
+        words = ("can't allocate memory", "create a primitive")
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if is_memory or any(word in str(error) for word in words):
             raise out_of_memory(error, self) from error
         if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
             reason = "another process of this run was lost; go on with --resume"
             raise Stop(f"{reason} ({str(error).splitlines()[0]})", alone=True) from error
-        # what the CPU's allocator says, and what oneDNN does
-        if any(words in str(error) for words in ("can't allocate memory", "create a primitive")):
-            raise out_of_memory(error, self) from error
         # what a DataLoader says of a process that was killed, as where /dev/shm is full
         if any(words in str(error) for words in ("killed by signal", "exited unexpectedly")):
             reason = f"a loading process was lost ({str(error).splitlines()[0]})"

@@ -73,7 +73,6 @@ class Work:
     ops: float = 0  # multiplications and additions in matrix products
     bytes: float = 0  # that must be read
     rounds: int = 5
-    missing: str = ""
     also: Callable[[dict[str, float]], dict[str, float]] = lambda seconds: {}  # further ratios
 
 
@@ -187,7 +186,6 @@ def measure(build: Callable[[], Work], device: str, with_peers: bool) -> dict:
         "gb_per_s": 1e-9 / byte,
         "memory": grown,
         "ratios": {n: median(r[n] for r in ratios) for n in ratios[0]},
-        "missing": work.missing if with_peers else "",
     }
 
 
@@ -232,7 +230,6 @@ def bpe_training(device: str) -> Work:
     work = Work("BPE training, vocabulary 16,384 on 20 MB", "MB/s", 20, ours, rounds=1)
     if tokenizers:
         work.peers = lambda: {"tokenizers": timed(lambda: peer_tokenizer(captions, 16384))}
-    work.missing = "" if tokenizers else "tokenizers"
     return work
 
 
@@ -250,7 +247,6 @@ def bpe_encoding(device: str, dropout: float = 0.0) -> Work:
         return {"tokenizers": timed(lambda: [peer.encode(caption).ids for caption in captions])}
 
     work.peers = peers if tokenizers else dict
-    work.missing = "" if tokenizers else "tokenizers"
     return work
 
 
@@ -358,14 +354,13 @@ def prior_step(device: str, config: TransformerConfig | None = None) -> Work:
         return found
 
     work.peers = peers
-    work.missing = "" if dalle_pytorch or cuda else "dalle-pytorch"
     return work
 
 
 def grid(device: str, size: int) -> Work:
     config = CUDA_CONFIG if device == "cuda" else CPU_CONFIG
     work = prior_step(device, replace(config, grid=size))
-    work.peers, work.missing = dict, ""
+    work.peers = dict
     return work
 
 
@@ -471,7 +466,6 @@ def generation(device: str, batch: int, config: TransformerConfig | None = None)
         return found
 
     work.peers = peers
-    work.missing = "" if dalle_pytorch or cuda or batch > 8 else "dalle-pytorch"
     return work
 
 
@@ -507,8 +501,6 @@ def show(line: dict) -> None:
     print(f"; {line['memory']:,.0f} MB")
     for name, ratio in line["ratios"].items():
         print(f"    {ratio:.2f} × the time: {name}")
-    if line["missing"]:
-        print(f"    {line['missing']} not installed")
     sys.stdout.flush()
 
 
@@ -534,6 +526,9 @@ def main() -> None:
 
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
     print(f"PyTorch {torch.__version__}, {gpu or f'{args.threads} threads'}\n", flush=True)
+    for name, module in (("dalle-pytorch", dalle_pytorch), ("tokenizers", tokenizers)):
+        if args.peers and module is None:
+            print(f"{name} is not installed")
     threads = {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
     lines, env = {}, {**os.environ, **threads}
     for name in args.only or WORKS:

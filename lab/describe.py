@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,15 +34,12 @@ def describe(
     image: str | Path | Image.Image,
     captions: list[str],
     run_dir: str | Path | None = None,
-    batch_size: int = 16,
     device: str | None = None,
 ) -> list[Description]:
     """How likely a picture is under each caption, the likeliest first. ValueError for a picture or
     a caption that cannot be read, and for a run without its files."""
     if not captions:
         raise ValueError("there is no caption to score")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
     device = pick_device(device)
     bpe, dvae, prior, clip, _ = load_run(Path(run_dir or find_run()), str(device))
     texts = torch.stack([encode_prompt(c, bpe, prior) for c in captions]).to(device)
@@ -51,13 +49,13 @@ def describe(
     tokens = dvae.encode(pixels).flatten(1)
 
     def mean_log_prob(logits: Tensor, targets: Tensor) -> list[float]:
-        chosen = logits.log_softmax(-1).gather(-1, targets[..., None])
-        return chosen[..., 0].mean(1).tolist()
+        return (-F.cross_entropy(logits.mT, targets, reduction="none")).mean(1).tolist()
 
     image_scores, text_scores = [], []
-    for batch in texts.split(batch_size):
-        text_logits, image_logits = prior(batch, tokens.expand(len(batch), -1))
-        image_scores += mean_log_prob(image_logits, tokens.expand(len(batch), -1))
+    for batch in texts.split(16):
+        of_image = tokens.expand(len(batch), -1)
+        text_logits, image_logits = prior(batch, of_image)
+        image_scores += mean_log_prob(image_logits, of_image)
         text_scores += mean_log_prob(text_logits, batch[:, 1:])
     cosines = [None] * len(texts)
     if clip is not None:
@@ -73,10 +71,9 @@ def main() -> None:
     add("picture", type=Path, help="a file")
     add("caption", nargs="+", help='such as "a red cube"')
     add("--run-dir", metavar="DIR", type=Path, help="default: the newest run, else the shipped one")
-    add("--batch-size", metavar="N", type=int, default=16, help="captions at once")
     add("--device", help="cuda, mps or cpu; default: the best one there")
     args = parser.parse_args()
-    found = describe(args.picture, args.caption, args.run_dir, args.batch_size, args.device)
+    found = describe(args.picture, args.caption, args.run_dir, args.device)
     print("image|caption  caption  cosine  (nats per token, the likeliest first)")
     for caption, image, text, cosine in found:
         cosine = "–" if cosine is None else f"{cosine:.3f}"

@@ -66,23 +66,16 @@ def measure(run: Callable[[], Tensor], model: nn.Module, parts: Iterable[nn.Modu
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     in_32_bits: set[int] = set()
-    hooks, inside = [], False
+    hooks, inside = [], []  # inside holds something while a part computes
 
     def given(_, inputs: tuple[Tensor]) -> None:
         in_32_bits.add(inputs[0].untyped_storage()._cdata)
 
-    def enter(*_) -> None:
-        nonlocal inside
-        inside = True
-
-    def leave(*_) -> None:
-        nonlocal inside
-        inside = False
-
     for part in parts:
         norms = [m for m in part.modules() if isinstance(m, nn.LayerNorm)]
         hooks += [m.register_forward_pre_hook(given) for m in (part, *norms)]
-        hooks += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
+        hooks.append(part.register_forward_pre_hook(lambda *_: inside.append(True)))
+        hooks.append(part.register_forward_hook(lambda *_: inside.clear()))
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -9,8 +9,8 @@ variance is clipped by value to 5 "before it is used to update the parameters or
     θ ← θ − lr λ θ − lr m̂ / (√v̂ + ε)        m̂ = m / (1 − β1ᵗ), v̂ = v / (1 − β2ᵗ)
 
 In 16 bits m is kept in the 1-6-9 and v in the 0-6-10 format, 4 bytes for each parameter in place of
-8, and they are 32-bit numbers only while they are updated. Which parameters' are is for the caller
-to say: those of gains, biases, embeddings and unembeddings stay in 32 bits (D.2).
+8, and they are 32-bit numbers only while they are updated. The caller says for which parameters:
+gains, biases, embeddings and unembeddings stay in 32 bits (D.2).
 """
 
 import math
@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             lr, eps, (beta1, beta2) = group["lr"], group["eps"], group["betas"]
-            # All at once, but in 16 bits one after the other: what is decoded is as large again.
+            # 32-bit ones together, 16-bit ones one by one: decoded they are twice as large.
             together = [p for p in group["params"] if p not in self.in_16_bits]
             alone = [[p] for p in group["params"] if p in self.in_16_bits]
             for params in [together, *alone] if together else alone:

@@ -43,8 +43,8 @@ def upsample_late(decoder: Decoder) -> None:
 
 # ---- training: attention in blocks ---------------------------------------------------------------
 
-# Positions: with fewer the text's keys are read too often, with more too many in vain. The authors'
-# kernels had blocks of 32 (openai/DALL-E, issue 28).
+# Image positions. Smaller blocks read the text's keys more often, larger ones more keys that the
+# mask hides. The authors' kernels had blocks of 32 (openai/DALL-E, issue 28).
 BLOCK = 128
 
 

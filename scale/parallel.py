@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 # A block's output is only ever added to something, never changed in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # not in torch 2.6
 
 
 @dataclass
@@ -140,9 +139,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return Loss(model)
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        Loss(model), ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(Loss(model), ids, gradient_as_bucket_view=True)
 
 
 def average_in_backward(loss: nn.Module, wanted: bool) -> None:

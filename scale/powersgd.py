@@ -3,10 +3,10 @@ PowerSGD between machines (2.5, Appendix E; Vogels et al. 2019).
 
 Averaging the gradient of a large model between machines costs more time than computing it. A
 gradient matrix of d rows is close to one of rank r, so two thin factors travel in its place. What
-they miss is kept in an error buffer and added to the next gradient: nothing is lost, only late.
+they miss is kept in an error buffer and added to the next gradient: late, but not lost.
 
     E ← E + g             where g is finite
-    P ← E Q               averaged between machines; Q is Gaussian and fixed at the start
+    P ← E Q               averaged between machines; Q is Gaussian and fixed (a new one hurt)
     P ← orthonormal columns of P + 10⁻⁶ I
     Q' ← Eᵀ P             averaged between machines
     ĝ ← P Q'ᵀ             the decompressed gradient, the same on every machine
@@ -150,7 +150,7 @@ class PowerSGD:
             E, grad = self.errors[name], local(p.grad)
             for e, g in zip(pieces(name, E), pieces(name, grad)):
                 finite.append(g.isfinite().all())
-                e += torch.where(finite[-1], g, 0)  # (2); 5% of its updates were not
+                e += torch.where(finite[-1], g, 0)  # (2); in the paper 5% of updates are not
             self.errors[name] = E
             for i, e in enumerate(pieces(name, self.errors[name])):
                 P[name, i] = e @ self.Q[name, i]  # (3)
@@ -184,7 +184,8 @@ class PowerSGD:
                 key = name, i
                 g.copy_(P[key] @ Q[key].T)  # (11)
                 kept = torch.where(e.isfinite().all(), e, 0)
-                e.copy_(torch.where(P_finite[key] & Q_finite[key], e - g, kept))  # (12)
+                # (12) names no exception: our reading, in skipped updates too
+                e.copy_(torch.where(P_finite[key] & Q_finite[key], e - g, kept))
             self.errors[name] = E
         return norm
 
@@ -227,7 +228,8 @@ def shapes_of(d: int, m: int) -> list[tuple[int, int]]:
 
 
 def sent(d: int, rank: int, m: int) -> tuple[int, int]:
-    """Numbers each GPU sends for one layer: (its gradient, its P and Q'), counted from shapes."""
+    """Numbers each GPU would send for one layer without compression, and sends as P and Q',
+    counted from shapes; their ratio is r(m + 2) / 2dm (Table 2)."""
     shapes, r = shapes_of(d, m), rank // m
     return sum(a * b for a, b in shapes), sum(r * (a + b) for a, b in shapes)
 
@@ -237,8 +239,8 @@ def sent(d: int, rank: int, m: int) -> tuple[int, int]:
 TABLE_1 = {2.8e9: (1920, 512), 5.6e9: (2688, 640), 12.0e9: (3968, 896)}
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description="Print the compression rates of Table 1.").parse_args()
-    print("effective parameters      d   rank   of a GPU   sent      P, Q'   compression")
+    argparse.ArgumentParser(description="Print the rates of Tables 1 and 2.").parse_args()
+    print("effective parameters      d   rank   of a GPU   gradient      P, Q'  compression")
     for n_params, (d, rank) in TABLE_1.items():
         gradient, factors = sent(d, rank, m=8)
         print(
