@@ -191,8 +191,11 @@ class BPE:
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in self._rows())
         text = f'{{"format": "{FORMAT}", "merges": [\n{lines}\n]}}\n'
         unfinished = Path(f"{path}.tmp")
-        unfinished.write_text(text, encoding="utf-8", newline="")
-        os.replace(unfinished, path)
+        try:
+            unfinished.write_text(text, encoding="utf-8", newline="")
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "BPE":

@@ -69,7 +69,7 @@ def uniforms_of(seed: int, candidates: range, n: int) -> Tensor:
     that a candidate is the same however many are drawn beside it."""
     rows = []
     for candidate in candidates:
-        generator = torch.Generator().manual_seed(derive(seed, "candidate", candidate))
+        generator = torch.Generator().manual_seed(derive(int(seed), "candidate", candidate))
         rows.append(torch.rand(n, generator=generator))
     return torch.stack(rows)
 
@@ -107,8 +107,8 @@ def draw(
     draw(**options) draws the same again. Where a picture is continued, `continues` is that picture
     and what is kept of it. ValueError, before anything is drawn, for prompts that the model cannot
     read, files that are not there, numbers out of range. A warning names words that are not among
-    the 100,000 most frequent of the training captions. Ctrl-C raises KeyboardInterrupt(the images
-    as far as drawn).
+    the 100,000 most frequent of the captions that the BPE was trained on. Ctrl-C raises
+    KeyboardInterrupt(the images as far as drawn).
     """
     options = {k: v for k, v in locals().items() if k not in ("watch", "device")}
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -139,7 +139,7 @@ def draw(
     known = set(about.get("words", ()))  # those of the training captions
     unseen = dict.fromkeys(w for p in prompts for w in words_of(p) if known and w not in known)
     if unseen:
-        warnings.warn(f"never seen in training: {', '.join(unseen)}", stacklevel=3)
+        warnings.warn(f"rare or never seen in training: {', '.join(unseen)}", stacklevel=3)
     P, C, grid = len(prompts), candidates, prior.config.grid
     prefix, info = text.new_empty(0), {"options": options}
     if image is not None:

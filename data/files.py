@@ -381,7 +381,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
                 if row:
                     yield number, {name.lower(): value for name, value in row.items()}
             return
-        reader = csv.reader(file, **tabs if path.suffix.lower() == ".tsv" else {})
+        reader = csv.reader(file, **tabs if path.suffix.lower() == ".tsv" else dict(strict=True))
         try:
             rows = ((reader.line_num, row) for row in reader if row)
             head = list(islice(rows, 100))
@@ -394,6 +394,10 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
                 columns = guess_columns(path, [row for _, row in head])
             for rest in (head, rows):
                 for number, row in rest:
+                    if any(row[len(columns) :]):
+                        found = f"{len(row)} values for {len(columns)} columns"
+                        hint = "a caption with commas in it stands in quotation marks"
+                        raise ValueError(f"{path} line {number}: {found}; {hint}")
                     yield number, dict(zip(columns, row))
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: {error}") from error

@@ -131,8 +131,9 @@ def leave_signals(_: int) -> None:
     """In a loading process: signals are for the trainer, which saves first. The thread that hands
     tensors over has nobody to complain to once the trainer is gone; what goes wrong with a sample
     travels to the trainer another way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
 

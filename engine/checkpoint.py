@@ -6,11 +6,11 @@ read.
 """
 
 import os
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,13 +180,15 @@ def state_names(stage: str) -> list[str]:
 
 
 def set_aside(run_dir: Path, *names: str) -> None:
-    """Keep what an earlier run left under these names, as NAME.old; before the weights of a stage
-    its state: --resume must not find it where a new run was killed in here."""
+    """Keep what an earlier run left under these names, as NAME.old, or .old2 where there are such;
+    before the weights of a stage its state: --resume must not find it where a new run was killed
+    in here."""
     stages = [name.removesuffix(".pt") for name in names if name.endswith(".pt")]
     states = [name for stage in stages for name in state_names(stage)]
     moved = [name for name in (*states, *names) if (run_dir / name).exists()]
+    free = (f".old{k}" if k > 1 else ".old" for k in count(1))
+    suffix = next(s for s in free if not any((run_dir / (name + s)).exists() for name in moved))
     for name in moved:
-        shutil.rmtree(run_dir / (name + ".old"), ignore_errors=True)
-        os.replace(run_dir / name, run_dir / (name + ".old"))
+        os.replace(run_dir / name, run_dir / (name + suffix))
     if moved:
-        print(f"{run_dir} holds an earlier run: kept as {', '.join(f'{n}.old' for n in moved)}")
+        print(f"{run_dir} holds an earlier run: kept as {', '.join(n + suffix for n in moved)}")

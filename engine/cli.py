@@ -46,10 +46,19 @@ def start(main: Callable[[], None]) -> None:
         end(stop)
     except (ValueError, OSError) as error:
         end(Stop(str(error), 2), error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        end(Stop("out of memory: try a smaller --batch-size", 1, alone=True), error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        end(Stop("out of memory: try less at once, as by --batch-size", 1, alone=True), error)
     except KeyboardInterrupt:
         end(Stop("stopped", 130))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """As Python, CUDA, the CPU's allocator and oneDNN say it."""
+    said = ("can't allocate memory", "create a primitive")
+    is_so = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_so or any(words in str(error) for words in said)
 
 
 def end(stop: Stop, error: Exception | None = None) -> None:

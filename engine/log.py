@@ -42,7 +42,8 @@ def going_on(path: Path):
 
 class Log:
     """log.jsonl, written by rank 0: one object per logged step and stage, before the first of them
-    the `settings`. Starting at a step drops what an earlier run of the stage logged after it."""
+    the `settings`. Starting at a step drops what the stage logged after it; what a new run of the
+    stage drops is kept in log.jsonl.old."""
 
     def __init__(self, run_dir: Path, stage: str, start: int, world: World, settings=None):
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
@@ -54,6 +55,9 @@ class Log:
             with going_on(self.path):
                 lines = self.path.read_bytes().splitlines(keepends=True)
                 kept = [line for line in lines if self.precedes(line, start)]
+                if start == 0 and len(kept) < len(lines):
+                    with open(run_dir / "log.jsonl.old", "ab") as file:
+                        file.writelines(line for line in lines if line not in kept)
                 checkpoint.write(self.path, lambda file: file.writelines(kept))
 
     def precedes(self, line: bytes, start: int) -> bool:

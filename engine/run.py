@@ -42,7 +42,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bpe import BPE
 from data.loader import Samples, derive, held_out, images_to, micro_batches
 from engine import checkpoint, state
-from engine.cli import Stop, check_batches, newest_run, pick_device
+from engine.cli import Stop, check_batches, is_out_of_memory, newest_run, pick_device
 from engine.log import Bar, Log, beside_shipped, draw_curves, going_on
 from scale.fast import use_convolutions
 from scale.formats import matrices
@@ -95,6 +95,8 @@ class Run:
         self.device = self.world.device
         if not 0 <= args.workers <= 64:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
+        if args.data == "":
+            raise ValueError("--data is empty: expected a folder, a table, tars or toy")
         own = f"{stage}.pt"
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
@@ -216,8 +218,10 @@ class Run:
                 replaced = ("prior.pt",) if self.stage == "dvae" else ()
             checkpoint.set_aside(self.dir, *replaced)
         self.begun = True
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is a terminal's end
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
 
         self.Model, model = Model, start_from
         if model is None and (self.world.is_main or not self.mesh):
@@ -472,7 +476,7 @@ class Run:
         return self
 
     def ask(self, number: int, _) -> None:
-        """Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C is final."""
+        """A signal asks the loop to stop after its step; a second Ctrl-C is final."""
         self.asked = 128 + number
         # A scheduler sends SIGTERM to us and to torchrun, who passes it on: two of them are one.
         if number == signal.SIGINT:
@@ -485,10 +489,7 @@ class Run:
             return shut_down(self.world)
         if not self.begun or isinstance(error, Stop):
             return None
-        # what the CPU's allocator says, and what oneDNN does
-        words = ("can't allocate memory", "create a primitive")
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if is_memory or any(word in str(error) for word in words):
+        if is_out_of_memory(error):
             raise out_of_memory(error, self) from error
         if isinstance(error, dist.DistBackendError) or "gloo/" in str(error):
             reason = "another process of this run was lost; go on with --resume"

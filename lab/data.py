@@ -32,7 +32,11 @@ def main() -> None:
     if args.spec == "toy":
         pictures = ToyWorld(args.image_size, "train")
     else:
-        pictures = open_pictures(args.spec, captions=True, filters=args.filters)
+        try:
+            pictures = open_pictures(args.spec, captions=True, filters=args.filters)
+        except ValueError as error:  # which says what is expected, unless stage one needs no more
+            pictures = open_pictures(args.spec, captions=False, filters=args.filters)
+            print(f"for stage one alone: {error}")
     print(f"{pictures.name}: {pictures.counts()}")
     cells, faults, rng, began = [], [], random.Random(0), time.perf_counter()
     for i in range(min(LOOKED_AT, len(pictures))):
@@ -42,7 +46,7 @@ def main() -> None:
             faults.append(str(error))
             continue
         pixels = preprocess_prior(img, args.image_size, rng)
-        cells.append((pixels, captions[0]))
+        cells.append((pixels, captions[0] if captions else ""))
     rate = len(cells) / (time.perf_counter() - began)
     for fault in faults[:5]:
         print(fault)

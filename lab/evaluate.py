@@ -24,7 +24,7 @@ from clip import CLIP, CLIPConfig
 from data.files import open_dataset
 from data.loader import Samples, held_out, images_to
 from dvae import DVAE, DVAEConfig
-from engine.checkpoint import check_holds, load, load_model
+from engine.checkpoint import check_holds, load, load_model, load_run
 from engine.cli import Parser, pick_device, start
 from transformer import Transformer, TransformerConfig
 
@@ -57,15 +57,19 @@ def evaluate(
     prior, of_prior = read("prior.pt", Transformer, TransformerConfig)
     clip, of_clip = read("clip.pt", CLIP, CLIPConfig)
     bpe = BPE.load(run_dir / "bpe.json") if prior or clip else None
+    if prior is not None:
+        load_run(run_dir, str(device))  # or ValueError, where they are not of one run
     size = of_dvae.get("image_size")
-    if size is None or (spec or of_dvae.get("data")) is None:
-        raise ValueError(f"{run_dir}/dvae.pt does not say its image size or data: give --data")
+    if size is None:
+        raise ValueError(f"{run_dir}/dvae.pt does not say its image size: make it again")
 
     def samples(about: dict, prepare: Callable, captions: bool) -> list[Tensor]:
-        data, val = about["data"], about.get("val")
+        data, val = about.get("data"), about.get("val")
         filters = about.get("run", {}).get("filters", False)
-        if spec and os.path.realpath(spec) != os.path.realpath(data):
+        if spec and os.path.realpath(spec) != os.path.realpath(data or ""):
             data, val, filters = spec, spec, False
+        if not data:
+            raise ValueError(f"{run_dir} does not say what it was trained on: give --data")
         _, dataset = open_dataset(data, size, val, captions, filters)
         pixels, *text = held_out(Samples(dataset, prepare, 0), count)[0]
         return [images_to(device, pixels), *(ids.to(device) for ids in text)]
@@ -110,7 +114,7 @@ def main() -> None:
             measured = f"{figure:9}" if isinstance(figure, int) else f"{figure:9.3f}"
             print(f"{model:5}  {what:30}  {measured}  {unit}")
     except ValueError as error:
-        if not measured:
+        if not (measured and args.data):
             raise
         print(f"the rest needs captions: {error}")
 

@@ -26,9 +26,14 @@ def main() -> None:
             raise ValueError(f"{args.run} holds no {name}: expected a run of all three stages")
     if args.out.resolve() == args.run.resolve():
         raise ValueError(f"{args.out} is the run itself, which would be left in 16 bits")
+    if any((args.out / name).exists() for s in WEIGHTS for name in checkpoint.state_names(s[:-3])):
+        raise ValueError(f"{args.out} holds a run that can go on: choose another directory")
+    checkpoint.load_run(args.run)  # or ValueError, where its files are not of one run
     states = {name: checkpoint.load(args.run / name) for name in WEIGHTS}
     for state in states.values():
         state["model"] = {name: w.half() for name, w in state["model"].items()}
+        if not all(w.isfinite().all() for w in state["model"].values()):
+            raise ValueError("weights above 65504 have no place in 16 bits")
     args.out.mkdir(parents=True, exist_ok=True)
     for name, state in states.items():
         checkpoint.save(args.out / name, state)

@@ -119,7 +119,7 @@ def use_convolutions(model: nn.Module) -> None:
 
 def linear_as_convolution(linear: nn.Linear, x: Tensor) -> Tensor:
     """x [B, S, d_in], as B pictures of 1 × S, to [B, S, d_out]."""
-    if x.ndim != 3:
+    if x.ndim != 3 or not x.numel():
         return nn.Linear.forward(linear, x)
     pictures = x[:, None].permute(0, 3, 1, 2)  # channels last in memory, as x is
     y = F.conv2d(pictures, linear.weight[:, :, None, None], linear.bias)

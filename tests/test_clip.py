@@ -234,7 +234,8 @@ def test_damaged_files_are_refused(tmp_path):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Calls train_clip.py here, in a directory with the shipped run's dVAE and BPE."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def call(name, *args):
         (tmp_path / name).mkdir(exist_ok=True)

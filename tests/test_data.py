@@ -596,6 +596,8 @@ def test_shards_must_be_there_and_whole(tmp_path):
         ("a.csv", "one,two\nthree,four", "names no files"),
         ("a.csv", "", "is empty"),
         ("a.csv", "path,n\nx.png,3", "no captions"),
+        ("a.csv", "path,caption\nx.png,one\nx.png,red, large", "line 3: 3 values for 2 columns"),
+        ("a.csv", 'path,caption\nx.png,"one\nx.png,two', "line 3: unexpected end"),
         ("a.jsonl", '{"path": "x.png"}\n\n[3]', "line 3: expected an object"),
         ("a.jsonl", '{"path": "x.png", ', "line 1: expected an object"),
         ("a.jsonl", '{"caption": "one"}', "line 1: no file ''"),
@@ -735,6 +737,10 @@ def test_a_look_at_a_data_set(tmp_path, monkeypatch, capsys):
     assert counts.endswith("photos: 12 pictures") and fault.startswith("unreadable: ")
     assert rate.startswith("11 pictures read, 1 passed over, ") and written.startswith(str(sheet))
     assert Image.open(sheet).width > 8 * 32
+    for path in (tmp_path / "data/photos/a").glob("*.txt"):
+        path.unlink()
+    told, counts, *_ = look(str(tmp_path / "data/photos/a"), "-o", str(sheet))
+    assert "stage one alone" in told and "no captions" in told and counts.endswith(" pictures")
     for args in (["nowhere"], ["--image-size", "0"], ["-o", str(tmp_path / "no/sheet.png")]):
         with pytest.raises(SystemExit) as end:
             look(*args)

@@ -79,6 +79,10 @@ def test_a_run_is_shipped_in_16_bits(tmp_path):
     assert abs(before - after).mean() < 2
     code, _, err = call(ship, tmp_path / "out", tmp_path / "more/../out")
     assert code == 2 and "is the run itself" in err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/prior_state.pt").touch()
+    code, _, err = call(ship, tmp_path / "out", tmp_path / "run")
+    assert code == 2 and "holds a run that can go on" in err
     (tmp_path / "out/clip.pt").unlink()
     code, _, err = call(ship, tmp_path / "out", tmp_path / "more")
     assert code == 2 and "holds no clip.pt" in err and not (tmp_path / "more").exists()

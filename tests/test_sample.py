@@ -459,7 +459,7 @@ def test_words_that_training_never_held_are_named(mini, main, tmp_path):
     torch.save(prior | {"words": ["a", "red", "cube", "on"]}, told / "prior.pt")
     assert main("A red CUBE", "a red 3", "--run-dir", told)[::2] == (0, "")
     code, _, err = main("a red dog", "a Cat, dog", "--run-dir", told)
-    assert (code, err) == (0, "sample.py: never seen in training: dog, cat\n")
+    assert (code, err) == (0, "sample.py: rare or never seen in training: dog, cat\n")
     assert Image.open("sample.png").size == (2 * 264 - 8, 256 + 16)
     with pytest.warns(UserWarning, match="never seen in training: cone$"):
         (image,) = draw("a cone", 1, told)

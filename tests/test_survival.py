@@ -80,7 +80,8 @@ def call(tmp_path, monkeypatch, capsys):
     """Calls a script's main here, in an empty directory: (exit code, lines on standard error)."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
 
     def main(module, *args):
         capsys.readouterr()
@@ -122,14 +123,15 @@ def test_killed_at_any_moment(tmp_path):
     assert not list(broken.glob("*.tmp"))
 
 
-def test_asked_to_stop(run_dir):
-    """By SIGTERM; test_resume.py tries Ctrl-C."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_stop(number, run_dir):
+    """Or left by its terminal; test_resume.py tries Ctrl-C."""
     log = run_dir / "log.jsonl"
     log.unlink()
     run = Run("train_prior", run_dir, "--steps", 100_000, "--resume", "--eval-every", 100_000)
     soak.wait_for(log.exists, run)
-    os.kill(run.pid, signal.SIGTERM)
-    assert run.wait() == 143
+    os.kill(run.pid, number)
+    assert run.wait() == 128 + number
     (line,) = run.complaints()
     step = checkpoint.load(run_dir / "prior_state.pt")["step"]
     assert line == f"train_prior.py: stopped after step {step} of 100000; go on with --resume"
@@ -254,7 +256,20 @@ def test_out_of_memory(run_dir):
     assert checkpoint.load(run_dir / "dvae_state.pt")["step"] == 10
 
 
-def test_whatever_says_that_memory_is_out():
+def test_what_is_set_aside_stays(tmp_path):
+    """Also when that happens again: all of one run have the same suffix."""
+    for run in ("1", "2", "3"):
+        for name in ("dvae.pt", "dvae_state.pt", "prior.pt")[: 4 - int(run)]:
+            (tmp_path / name).write_text(run)
+        checkpoint.set_aside(tmp_path, "dvae.pt", "prior.pt")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {
+        "dvae.pt.old": "1", "dvae_state.pt.old": "1", "prior.pt.old": "1",
+        "dvae.pt.old2": "2", "dvae_state.pt.old2": "2", "dvae.pt.old3": "3",
+    }  # fmt: skip
+
+
+def test_whatever_says_that_memory_is_out(capsys):
     """Python, the allocator, oneDNN: one line with advice; before the run has begun, `start`'s."""
     run = SimpleNamespace(micro_batch=4, stage="dvae", device="cpu")
     for error in (
@@ -267,6 +282,15 @@ def test_whatever_says_that_memory_is_out():
             RunOfAStage.__exit__(run, type(error), error, None)
         run.begun = False
         assert RunOfAStage.__exit__(run, type(error), error, None) is None
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            start(main)
+        assert end.value.code == 1 and "out of memory: try less" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="another"):
+        start(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_a_lost_loading_process_is_a_line():

@@ -10,7 +10,7 @@ import drawings
 import pytest
 import torch
 import torch.nn.functional as F
-from scripts import call, last
+from scripts import call, last, log_of
 from torch.optim.swa_utils import AveragedModel
 
 import engine.log
@@ -218,6 +218,10 @@ def test_log_drops_what_is_run_again(tmp_path):
         ("prior", 5),
         ("dvae", 25),
     ]
+    assert not (tmp_path / "log.jsonl.old").exists()
+    Log(tmp_path, "prior", 0, ALONE).write(1, loss=4)
+    assert log_of(tmp_path)[-1]["loss"] == 4 and len(log_of(tmp_path)) == 4
+    assert json.loads((tmp_path / "log.jsonl.old").read_text())["loss"] == 2
 
 
 def test_a_look_stands_beside_the_shipped_runs(tmp_path, monkeypatch):

@@ -251,6 +251,10 @@ def test_linear_layers_as_convolutions_are_the_same_model(monkeypatch):
         found = torch.autograd.grad(m.loss(text, image)[0], list(m.parameters()))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         assert torch.equal(both(m, text, image[:, :3], u), drawn)
+    c = small(text_len=1)  # start-of-text alone
+    model = build(c)
+    fast.use_convolutions(model)
+    assert model.loss(*batch(c, 3))[1]["text_loss"] == 0
 
 
 def test_linear_layers_by_onednn_are_the_same():
