@@ -4,7 +4,7 @@ The paper's claims again, in miniature: each on the toy world, within 20 minutes
     python -m lab.claims relaxation     # or kl-weight, rerank, unseen, underflow
 
 Prints what the paper says beside what was measured here, and whether it holds at this size, and
-writes both as claims/NAME.json and claims/NAME.png. Models that have to be trained for a claim
+writes both as docs/claims/NAME.json and NAME.png. Models that have to be trained for a claim
 are kept under runs/claims; a rerun trains only those that are missing.
 
 What is not here: the paper's own size. A claim that fails in a model a thousandth as wide is not
@@ -32,7 +32,8 @@ from data.toy import SHAPES, UNSEEN_PAIRS, toy_world
 from engine.checkpoint import load_run
 from engine.cli import Parser, start
 from engine.log import COLORS, PALE, save, subplots
-from lab.judge import best_of, judge_candidates, judge_prompts, prompts_of, train_judge
+from lab.judge import judge_prompts, prompts_of, train_judge
+from lab.judge import rerank as best_of_candidates
 from sample import SHIPPED, encode_prompt
 from transformer import Transformer
 
@@ -181,14 +182,8 @@ def rerank() -> Outcome:
     """Of N candidates the one that a contrastive model likes best is kept; quality rises clearly
     up to about N = 32, with diminishing returns after that (2.6, Fig. 9c)."""
     figure, (axis,) = subplots(1)
-    prompts, sizes = 100, [1, 2, 4, 8, 16, 32, 64]
-    run, judge = load_run(SHIPPED), train_judge()
-    shares = []
-    for split in ("val", "unseen"):
-        scores, good = judge_candidates(judge, run, split, prompts, sizes[-1], 0)
-        for choose in (scores, good.float()):  # the second one knows the answer
-            shares.append([100 * best_of(choose, good, n).mean().item() for n in sizes])
-    seen, seen_any, unseen, unseen_any = shares
+    rows = best_of_candidates(train_judge(), load_run(SHIPPED), 100, 64, 0, axis)
+    _, seen, _, _, unseen, _, _ = zip(*rows)  # of 1, 2, 4, …, 64
     early, late = unseen[3] - unseen[0], unseen[6] - unseen[3]
     verdict = (
         f"{'holds' if early > max(1, late) else 'does not hold'} here, on unseen "
@@ -196,17 +191,8 @@ def rerank() -> Outcome:
         f"{unseen[6]:.1f}% right; on seen pairs {seen[0]:.1f}, {seen[3]:.1f}, {seen[5]:.1f}, "
         f"{seen[6]:.1f}%"
     )
-    axis.plot(sizes, seen, "o-", color=COLORS[0], label="seen pairs")
-    axis.plot(sizes, unseen, "o-", color=COLORS[1], label="unseen pairs")
-    axis.plot(sizes, seen_any, color=COLORS[0], **PALE)
-    axis.plot(sizes, unseen_any, color=COLORS[1], **PALE)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, map(str, sizes))
-    axis.set(title="colour and shape right; pale: any of N", xlabel="N candidates")
-    axis.set_ylabel("% of captions")
-    axis.legend()
-    columns = ["N", "seen", "seen, any", "unseen", "unseen, any"]
-    return Outcome(columns, [list(row) for row in zip(sizes, *shares)], verdict, figure)
+    columns = ["N", "seen", "± seen", "seen, any", "unseen", "± unseen", "unseen, any"]
+    return Outcome(columns, rows, verdict, figure)
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
