@@ -60,7 +60,7 @@ class PriorTraining:
     ema: float = 0.99  # decay of the averaged weights, less at first (B.2)
     ema_every: int = 25  # updates from one averaging to the next (B.2)
     bpe_dropout: float = 0.1  # probability that a merge is left out (2.2, B.2)
-    bpe_captions: int = 1_000_000  # first samples, whose captions train the BPE; our choice
+    bpe_captions: int = 1_000_000  # first samples, whose captions train the BPE; not the paper's
     caption_dropout: float = 0.0  # share of captions left empty, for guidance; not the paper's
     log_every: int = 50  # updates from one entry of log.jsonl to the next
     eval_every: int = 500  # updates from one checkpoint and look at held-out pairs to the next
