@@ -295,8 +295,8 @@ class DVAE(nn.Module):
     @torch.no_grad()
     def distortion(self, images: Tensor) -> Tensor:
         """-ln p(x | z) for images and their own tokens, in nats for each 8-bit value, a scalar: of
-        the density times the width of a value's step, (1 − 2ε) / 255 behind phi. That is about
-        their probability, too large where b is near that width."""
+        the density times the width of a value's step, (1 − 2ε) / 255 behind phi. The product is
+        about the value's probability, and above it where b is near that width."""
         mu, ln_b = self.distribution(self.one_hot(self.encode(images)))
         nats = -logit_laplace_log_prob(map_pixels(images), mu, ln_b).mean()
         return nats - math.log((1 - 2 * EPS) / 255)

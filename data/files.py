@@ -367,7 +367,9 @@ def pick(row: dict, names: tuple[str, ...]) -> list[str]:
 def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, {column: value}) of each row of a table; ValueError for what is none."""
     csv.field_size_limit(2**31 - 1)
-    tabs = dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # captions may hold quotation marks
+    is_tsv, dialect = path.suffix.lower() == ".tsv", dict(strict=True, skipinitialspace=True)
+    if is_tsv:
+        dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # captions may hold quotation marks
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(file, 1):
@@ -381,7 +383,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
                 if row:
                     yield number, {name.lower(): value for name, value in row.items()}
             return
-        reader = csv.reader(file, **tabs if path.suffix.lower() == ".tsv" else dict(strict=True))
+        reader = csv.reader(file, **dialect)
         try:
             rows = ((reader.line_num, row) for row in reader if row)
             head = list(islice(rows, 100))
@@ -396,8 +398,8 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
                 for number, row in rest:
                     if any(row[len(columns) :]):
                         found = f"{len(row)} values for {len(columns)} columns"
-                        hint = "a caption with commas in it stands in quotation marks"
-                        raise ValueError(f"{path} line {number}: {found}; {hint}")
+                        hint = "holds a tab" if is_tsv else 'holds a comma: quote it, "…, …"'
+                        raise ValueError(f"{path} line {number}: {found}; one of them {hint}")
                     yield number, dict(zip(columns, row))
         except csv.Error as error:
             raise ValueError(f"{path} line {reader.line_num}: {error}") from error
@@ -576,6 +578,8 @@ def split(pictures: Pictures) -> tuple[Pictures, Pictures]:
 
 
 def open_pictures(spec: str, captions: bool, filters: bool) -> Pictures:
+    if not spec:
+        raise ValueError("the name of the data is empty: expected a folder, a table or tars")
     if spec.lower().endswith(".tar"):
         return Tars(spec, captions, filters)
     if spec.lower().endswith(TABLE_SUFFIXES):

@@ -179,15 +179,20 @@ def state_names(stage: str) -> list[str]:
     return [f"{stage}_state{suffix}" for suffix in (".pt", "", ".previous")]
 
 
+def free_suffix(run_dir: Path, *names: str) -> str:
+    """The first of .old, .old2, .old3, … that is behind none of the names."""
+    suffixes = (f".old{k}" if k > 1 else ".old" for k in count(1))
+    return next(s for s in suffixes if not any((run_dir / (name + s)).exists() for name in names))
+
+
 def set_aside(run_dir: Path, *names: str) -> None:
-    """Keep what an earlier run left under these names, as NAME.old, or .old2 where there are such;
+    """Keep what an earlier run left under these names, all as NAME.old, or NAME.old2 and so on;
     before the weights of a stage its state: --resume must not find it where a new run was killed
     in here."""
     stages = [name.removesuffix(".pt") for name in names if name.endswith(".pt")]
     states = [name for stage in stages for name in state_names(stage)]
     moved = [name for name in (*states, *names) if (run_dir / name).exists()]
-    free = (f".old{k}" if k > 1 else ".old" for k in count(1))
-    suffix = next(s for s in free if not any((run_dir / (name + s)).exists() for name in moved))
+    suffix = free_suffix(run_dir, *moved)
     for name in moved:
         os.replace(run_dir / name, run_dir / (name + suffix))
     if moved:

@@ -2,8 +2,8 @@
 The command line: options out of configs and presets, the device, and how a script ends.
 
 A script's last line is `start(main)`: the one place where an error becomes a line and an exit code.
-2 is bad input, found before anything was done; 1 a run that failed, with advice; 130 and 143 are
-Ctrl-C and SIGTERM. `DALLE_DEBUG=1` shows the traceback instead, to people who edit.
+2 is bad input, found before anything was done; 1 a run that failed, with advice; 130, 143 and 129
+are Ctrl-C, SIGTERM and SIGHUP. `DALLE_DEBUG=1` shows the traceback instead, to people who edit.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def start(main: Callable[[], None]) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        end(Stop("out of memory: try less at once, as by --batch-size", 1, alone=True), error)
+        end(Stop("out of memory: try fewer pictures or captions at once", 1, alone=True), error)
     except KeyboardInterrupt:
         end(Stop("stopped", 130))
 

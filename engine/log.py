@@ -43,7 +43,7 @@ def going_on(path: Path):
 class Log:
     """log.jsonl, written by rank 0: one object per logged step and stage, before the first of them
     the `settings`. Starting at a step drops what the stage logged after it; what a new run of the
-    stage drops is kept in log.jsonl.old."""
+    stage drops is kept as log.jsonl.old, or .old2 and so on."""
 
     def __init__(self, run_dir: Path, stage: str, start: int, world: World, settings=None):
         self.path, self.stage, self.begin = run_dir / "log.jsonl", stage, time.time()
@@ -54,10 +54,12 @@ class Log:
         if self.is_main and self.path.exists():
             with going_on(self.path):
                 lines = self.path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if self.precedes(line, start)]
-                if start == 0 and len(kept) < len(lines):
-                    with open(run_dir / "log.jsonl.old", "ab") as file:
-                        file.writelines(line for line in lines if line not in kept)
+                kept, dropped = [], []
+                for line in lines:
+                    (kept if self.precedes(line, start) else dropped).append(line)
+                if start == 0 and dropped:
+                    old = run_dir / ("log.jsonl" + checkpoint.free_suffix(run_dir, "log.jsonl"))
+                    checkpoint.write(old, lambda file: file.writelines(dropped))
                 checkpoint.write(self.path, lambda file: file.writelines(kept))
 
     def precedes(self, line: bytes, start: int) -> bool:

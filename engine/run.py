@@ -95,8 +95,9 @@ class Run:
         self.device = self.world.device
         if not 0 <= args.workers <= 64:
             raise ValueError(f"--workers is {args.workers}; expected 0 to 64")
-        if args.data == "":
-            raise ValueError("--data is empty: expected a folder, a table, tars or toy")
+        for name in ("data", "val"):
+            if getattr(args, name) == "":
+                raise ValueError(f"--{name} is empty: expected toy, a folder, a table or tars")
         own = f"{stage}.pt"
         if stage == "dvae":
             preset = args.preset or ("small" if self.device.type == "cuda" else "tiny")
@@ -218,10 +219,11 @@ class Run:
                 replaced = ("prior.pt",) if self.stage == "dvae" else ()
             checkpoint.set_aside(self.dir, *replaced)
         self.begun = True
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the last is a terminal's end
-            number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+        hangup = getattr(signal, "SIGHUP", None)  # a terminal's end; Windows has none
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as under nohup
+            signal.signal(hangup, self.ask)
 
         self.Model, model = Model, start_from
         if model is None and (self.world.is_main or not self.mesh):

@@ -528,7 +528,7 @@ def main() -> None:
     print(f"PyTorch {torch.__version__}, {gpu or f'{args.threads} threads'}\n", flush=True)
     for name, module in (("dalle-pytorch", dalle_pytorch), ("tokenizers", tokenizers)):
         if args.peers and module is None:
-            print(f"{name} is not installed")
+            print(f"{name}, which some lines are measured beside, is not installed")
     threads = {"OMP_NUM_THREADS": str(args.threads), "RAYON_NUM_THREADS": str(args.threads)}
     lines, env = {}, {**os.environ, **threads}
     for name in args.only or WORKS:

@@ -36,7 +36,7 @@ def main() -> None:
             pictures = open_pictures(args.spec, captions=True, filters=args.filters)
         except ValueError as error:  # which says what is expected, unless stage one needs no more
             pictures = open_pictures(args.spec, captions=False, filters=args.filters)
-            print(f"for stage one alone: {error}")
+            print(f"only stage one can use it: {error}")
     print(f"{pictures.name}: {pictures.counts()}")
     cells, faults, rng, began = [], [], random.Random(0), time.perf_counter()
     for i in range(min(LOOKED_AT, len(pictures))):

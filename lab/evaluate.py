@@ -52,13 +52,13 @@ def evaluate(
         about = load(run_dir / name)
         return load_model(run_dir / name, Model, Config, about).to(device), about
 
-    # all of them first: a damaged one is to be known before anything is measured
+    # all of them first: what is damaged or not of one run is to be known before any is measured
+    if (run_dir / "prior.pt").is_file():
+        load_run(run_dir, "cpu")
     dvae, of_dvae = read("dvae.pt", DVAE, DVAEConfig)
     prior, of_prior = read("prior.pt", Transformer, TransformerConfig)
     clip, of_clip = read("clip.pt", CLIP, CLIPConfig)
     bpe = BPE.load(run_dir / "bpe.json") if prior or clip else None
-    if prior is not None:
-        load_run(run_dir, str(device))  # or ValueError, where they are not of one run
     size = of_dvae.get("image_size")
     if size is None:
         raise ValueError(f"{run_dir}/dvae.pt does not say its image size: make it again")
@@ -66,7 +66,7 @@ def evaluate(
     def samples(about: dict, prepare: Callable, captions: bool) -> list[Tensor]:
         data, val = about.get("data"), about.get("val")
         filters = about.get("run", {}).get("filters", False)
-        if spec and os.path.realpath(spec) != os.path.realpath(data or ""):
+        if spec is not None and os.path.realpath(spec) != os.path.realpath(data or ""):
             data, val, filters = spec, spec, False
         if not data:
             raise ValueError(f"{run_dir} does not say what it was trained on: give --data")

@@ -598,6 +598,7 @@ def test_shards_must_be_there_and_whole(tmp_path):
         ("a.csv", "path,n\nx.png,3", "no captions"),
         ("a.csv", "path,caption\nx.png,one\nx.png,red, large", "line 3: 3 values for 2 columns"),
         ("a.csv", 'path,caption\nx.png,"one\nx.png,two', "line 3: unexpected end"),
+        ("a.tsv", "path\tcaption\nx.png\tone\ttwo", "line 2: 3 values .* holds a tab"),
         ("a.jsonl", '{"path": "x.png"}\n\n[3]', "line 3: expected an object"),
         ("a.jsonl", '{"path": "x.png", ', "line 1: expected an object"),
         ("a.jsonl", '{"caption": "one"}', "line 1: no file ''"),
@@ -740,7 +741,7 @@ def test_a_look_at_a_data_set(tmp_path, monkeypatch, capsys):
     for path in (tmp_path / "data/photos/a").glob("*.txt"):
         path.unlink()
     told, counts, *_ = look(str(tmp_path / "data/photos/a"), "-o", str(sheet))
-    assert "stage one alone" in told and "no captions" in told and counts.endswith(" pictures")
+    assert "only stage one can use it" in told and counts.endswith(" pictures")
     for args in (["nowhere"], ["--image-size", "0"], ["-o", str(tmp_path / "no/sheet.png")]):
         with pytest.raises(SystemExit) as end:
             look(*args)

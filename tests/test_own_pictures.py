@@ -118,8 +118,9 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
 
     # a dVAE that goes on makes other tokens; the newest run is that of the stage
     assert call(train_dvae, *small, "--tiny", "--steps", 1)[0] == 0  # runs/tiny, without a prior
+    before = set(run_dir.glob("prior.pt.old*"))
     stage(train_dvae, "--resume", "--steps", 5)
-    assert (run_dir / "prior.pt.old").exists() and (run_dir / "bpe.json").exists()
+    assert set(run_dir.glob("prior.pt.old*")) > before and (run_dir / "bpe.json").exists()
     assert not any((run_dir / name).exists() for name in checkpoint.state_names("prior"))
     out = stage(train_prior, "--resume", *fine_tune, "--steps", 2)
     assert "nothing to resume" in out and f"BPE {tmp_path}/b/bpe.json" in out
@@ -129,6 +130,7 @@ def test_a_run_goes_on_with_its_data(tmp_path, monkeypatch):
     (run_dir / "prior.pt").write_bytes(b"damaged")
     code, out, err = call(lab.evaluate, run_dir)
     assert code == 2 and not out and "cannot be read as a checkpoint" in err
+    before = set(run_dir.glob("log.jsonl.old*"))
     stage(train_dvae, "--tiny", "--steps", 1)
     assert {entry["stage"] for entry in log_of(run_dir)} == {"dvae"}
-    assert log_of(run_dir)[-1]["step"] == 1 and (run_dir / "log.jsonl.old").exists()
+    assert log_of(run_dir)[-1]["step"] == 1 and set(run_dir.glob("log.jsonl.old*")) > before

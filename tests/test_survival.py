@@ -130,7 +130,7 @@ def test_asked_to_stop(number, run_dir):
     log.unlink()
     run = Run("train_prior", run_dir, "--steps", 100_000, "--resume", "--eval-every", 100_000)
     soak.wait_for(log.exists, run)
-    os.kill(run.pid, number)
+    os.killpg(run.pid, number)  # its loading process too
     assert run.wait() == 128 + number
     (line,) = run.complaints()
     step = checkpoint.load(run_dir / "prior_state.pt")["step"]
