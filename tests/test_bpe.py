@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from unicodedata import category
+from unittest import mock
 
 import pytest
 import regex
@@ -270,6 +271,10 @@ def test_save_and_load(trained, tmp_path):
     rows = json.loads(path.read_text("utf-8"))["merges"]
     assert [text for *_, text in rows][0] == trained.pieces[256].decode()
     BPE().save(path)
+    assert BPE.load(path).vocab_size == 256
+    with mock.patch("os.replace", side_effect=OSError("no room")), pytest.raises(OSError):
+        trained.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["bpe.json"]
     assert BPE.load(path).vocab_size == 256
 
 

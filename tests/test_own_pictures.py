@@ -48,6 +48,9 @@ def test_own_pictures(tmp_path):
     with mock.patch("os.access", return_value=False):
         code, _, errors = call(train_prior, *options)
     assert code == 2 and "write-protected" in errors and not (run_dir / "prior.pt.old").exists()
+    for name in ("--data", "--val"):
+        code, _, errors = call(train_prior, *options, name, "")
+        assert code == 2 and f"{name} is empty" in errors
     code, *_ = call(train_prior, *options, "--dtype", "fp16")
     assert code == 0 and last(run_dir, "prior", "log2_scales") == pytest.approx([13.004] * 8)
 

@@ -1,6 +1,7 @@
 """From nothing to a picture, as a user would: both trainers, the sampler, the bad inputs."""
 
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -122,6 +123,10 @@ def test_a_run_is_measured_as_it_was_while_training(tiny_run, tmp_path):
     assert "3 pictures" in out and "no captions" in out.splitlines()[-1]
     code, out, err = call(lab.evaluate, tmp_path)
     assert code == 2 and out == "" and "holds no dvae.pt" in err
+    for name, whose in (("dvae.pt", "emoji"), ("bpe.json", "tiny"), ("prior.pt", "tiny")):
+        shutil.copy(ROOT / "pretrained" / whose / name, tmp_path)
+    code, out, err = call(lab.evaluate, tmp_path, "--data", "toy")
+    assert code == 2 and out == "" and "not of one run" in err
 
 
 def test_what_a_run_leaves(tiny_run):

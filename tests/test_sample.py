@@ -504,7 +504,7 @@ def test_candidates_drawn_together_are_those_of_each_caption():
     assert len(drawn) == 3
     for k, (images, scores) in enumerate(drawn):
         text = sample.encode_prompt(captions[k], run.bpe, run.prior).expand(128, -1)
-        u = sample.uniforms_of(derive(3, "prompt", k), range(128), 64)
+        u = sample.uniforms_of(np.int64(derive(3, "prompt", k)), range(128), 64)
         tokens = fast.generate(run.prior, text, uniforms=u).view(-1, 8, 8)
         alone = run.dvae.decode(tokens)
         same = (images - alone).abs().amax((1, 2, 3)) < 1e-4

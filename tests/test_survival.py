@@ -288,7 +288,7 @@ def test_whatever_says_that_memory_is_out(capsys):
 
         with pytest.raises(SystemExit) as end:
             start(main)
-        assert end.value.code == 1 and "out of memory: try less" in capsys.readouterr().err
+        assert end.value.code == 1 and "out of memory: try fewer" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="another"):
         start(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
