@@ -367,9 +367,11 @@ def pick(row: dict, names: tuple[str, ...]) -> list[str]:
 def rows_of(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, {column: value}) of each row of a table; ValueError for what is none."""
     csv.field_size_limit(2**31 - 1)
-    is_tsv, dialect = path.suffix.lower() == ".tsv", dict(strict=True, skipinitialspace=True)
-    if is_tsv:
-        dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE)  # captions may hold quotation marks
+    is_tsv = path.suffix.lower() == ".tsv"
+    if is_tsv:  # captions may hold quotation marks
+        dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        dialect = dict(strict=True, skipinitialspace=True)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(file, 1):

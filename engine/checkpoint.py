@@ -152,15 +152,22 @@ def read_run(run_dir: Path, device: str, dtype: str, written: tuple[int, ...]) -
     bpe, about, clip = BPE.load(run_dir / "bpe.json"), load(run_dir / "prior.pt"), None
     prior = load_model(run_dir / "prior.pt", Transformer, TransformerConfig, about)
     dvae = load_model(run_dir / "dvae.pt", DVAE, DVAEConfig).to(device)
-    text_vocabs = {bpe.vocab_size, prior.config.text_vocab}
     if (run_dir / "clip.pt").is_file():
         clip = load_model(run_dir / "clip.pt", CLIP, CLIPConfig).to(device)
-        text_vocabs.add(clip.config.text_vocab)
-    if len(text_vocabs) > 1 or prior.config.image_vocab != dvae.config.vocab_size:
-        raise ValueError(f"the files in {run_dir} are not of one run: their vocabularies differ")
+    check_one_run(run_dir, bpe, dvae, prior, clip)
     for _, p in matrices(prior):
         p.data = p.data.to(DTYPES[dtype])
     return Models(bpe, dvae, prior.to(device), clip, without_weights(about))
+
+
+def check_one_run(
+    run_dir: Path, bpe: BPE, dvae: DVAE, prior: Transformer | None, clip: CLIP | None
+) -> None:
+    """ValueError unless the files of a run, as many as there are, have the same vocabularies."""
+    text_vocabs = {model.config.text_vocab for model in (prior, clip) if model is not None}
+    image_vocabs = {prior.config.image_vocab} if prior is not None else set()
+    if not (text_vocabs <= {bpe.vocab_size} and image_vocabs <= {dvae.config.vocab_size}):
+        raise ValueError(f"the files in {run_dir} are not of one run: their vocabularies differ")
 
 
 def check_config(path: Path, found: dict, expected) -> None:

@@ -24,7 +24,7 @@ from clip import CLIP, CLIPConfig
 from data.files import open_dataset
 from data.loader import Samples, held_out, images_to
 from dvae import DVAE, DVAEConfig
-from engine.checkpoint import check_holds, load, load_model, load_run
+from engine.checkpoint import check_holds, check_one_run, load, load_model
 from engine.cli import Parser, pick_device, start
 from transformer import Transformer, TransformerConfig
 
@@ -53,12 +53,13 @@ def evaluate(
         return load_model(run_dir / name, Model, Config, about).to(device), about
 
     # all of them first: what is damaged or not of one run is to be known before any is measured
-    if (run_dir / "prior.pt").is_file():
-        load_run(run_dir, "cpu")
     dvae, of_dvae = read("dvae.pt", DVAE, DVAEConfig)
     prior, of_prior = read("prior.pt", Transformer, TransformerConfig)
     clip, of_clip = read("clip.pt", CLIP, CLIPConfig)
-    bpe = BPE.load(run_dir / "bpe.json") if prior or clip else None
+    if prior is not None or clip is not None:
+        check_holds(run_dir, "bpe.json")
+        bpe = BPE.load(run_dir / "bpe.json")
+        check_one_run(run_dir, bpe, dvae, prior, clip)
     size = of_dvae.get("image_size")
     if size is None:
         raise ValueError(f"{run_dir}/dvae.pt does not say its image size: make it again")
@@ -68,7 +69,7 @@ def evaluate(
         filters = about.get("run", {}).get("filters", False)
         if spec is not None and os.path.realpath(spec) != os.path.realpath(data or ""):
             data, val, filters = spec, spec, False
-        if not data:
+        if data is None:
             raise ValueError(f"{run_dir} does not say what it was trained on: give --data")
         _, dataset = open_dataset(data, size, val, captions, filters)
         pixels, *text = held_out(Samples(dataset, prepare, 0), count)[0]

@@ -26,7 +26,8 @@ def main() -> None:
             raise ValueError(f"{args.run} holds no {name}: expected a run of all three stages")
     if args.out.resolve() == args.run.resolve():
         raise ValueError(f"{args.out} is the run itself, which would be left in 16 bits")
-    if any((args.out / name).exists() for s in WEIGHTS for name in checkpoint.state_names(s[:-3])):
+    stages = [name.removesuffix(".pt") for name in WEIGHTS]
+    if any((args.out / name).exists() for s in stages for name in checkpoint.state_names(s)):
         raise ValueError(f"{args.out} holds a run that can go on: choose another directory")
     checkpoint.load_run(args.run)  # or ValueError, where its files are not of one run
     states = {name: checkpoint.load(args.run / name) for name in WEIGHTS}

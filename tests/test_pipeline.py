@@ -84,6 +84,9 @@ def test_a_run_is_shipped_in_16_bits(tmp_path):
     (tmp_path / "run/prior_state.pt").touch()
     code, _, err = call(ship, tmp_path / "out", tmp_path / "run")
     assert code == 2 and "holds a run that can go on" in err
+    shutil.copy(ROOT / "pretrained/emoji/dvae.pt", tmp_path / "out")
+    code, _, err = call(ship, tmp_path / "out", tmp_path / "more")
+    assert code == 2 and "not of one run" in err and not (tmp_path / "more").exists()
     (tmp_path / "out/clip.pt").unlink()
     code, _, err = call(ship, tmp_path / "out", tmp_path / "more")
     assert code == 2 and "holds no clip.pt" in err and not (tmp_path / "more").exists()
